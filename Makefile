@@ -1,0 +1,46 @@
+# Everything a newcomer or CI runs. PYTHON is any Python 3.11 or later.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.PHONY: demo test lint types proto proto-check check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/fullframe demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+# The messages and stubs in service/fullframe/v1 from proto/; PROTO_OUT sends them elsewhere.
+PROTO_OUT ?= service
+proto: $(VENV)/.dev
+	$(BIN)/python -m grpc_tools.protoc -Iproto -I$$($(BIN)/python -c 'import google.rpc, pathlib; print(pathlib.Path(google.rpc.__path__[0]).parents[1])') \
+		--python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) --grpc_python_out=$(PROTO_OUT) fullframe/v1/vision.proto
+
+proto-check: $(VENV)/.dev
+	rm -rf build/proto && mkdir -p build/proto
+	$(MAKE) --no-print-directory proto PROTO_OUT=build/proto
+	for f in build/proto/fullframe/v1/*; do diff -u "service/fullframe/v1/$${f##*/}" "$$f" || exit 1; done
+
+check: lint types proto-check test
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,5 @@
+"""`python -m fullframe` is `fullframe`."""
+
+from fullframe.cli import main
+
+main()

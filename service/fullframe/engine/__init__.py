@@ -1,0 +1,1 @@
+"""Images to pooled answers, without any transport."""

@@ -1,0 +1,134 @@
+"""A model in this process, asked as a server would be: `fullframe.load("cifar10").classify("cat.jpg")`."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Final, Self
+
+from fullframe.engine.plane import Plane, Served, open_plane
+from fullframe.engine.pooling import Pooling
+from fullframe.engine.query import Answer, ClassScore, FloatArray, Query, as_pooling, make_query
+from fullframe.errors import FullframeError, InvalidInput, NotFound, Overloaded
+from fullframe.image import ImageSource, Limits, open_source
+from fullframe.model.contract import Contract
+from fullframe.model.repository import BUNDLED_NAME
+
+ENGINES: Final = ("auto", "onnx")
+
+
+class Predictor:
+    """One model on this machine; an image is a path, bytes, a PIL image or a uint8 array [H, W, 3].
+
+    Each call raises InvalidInput for what is no image, is beyond the limits or too small for the model.
+    """
+
+    def __init__(self, plane: Plane) -> None:
+        self._plane = plane
+        self._model: Served = plane.model()
+
+    @property
+    def contract(self) -> Contract:
+        """The model's labels, geometry and training record."""
+        return self._model.contract
+
+    def classify(self, image: ImageSource, top_k: int = 5) -> list[ClassScore]:
+        """The `top_k` most probable classes, best first."""
+        return self.predict(image, top_k=top_k).classes
+
+    def embed(self, image: ImageSource, pooling: str | Pooling = "avg", normalize: bool = False) -> FloatArray:
+        """One feature vector, float32 [D]; `pooling` as Pooling.parse reads it."""
+        return self.predict(image, top_k=0, poolings=[as_pooling(pooling, normalize)]).embeddings[0]
+
+    def predict(
+        self,
+        image: ImageSource,
+        *,
+        top_k: int = 5,
+        poolings: Sequence[str | Pooling] = (),
+        logits: bool = False,
+        feature_map: bool = False,
+        class_map: bool = False,
+    ) -> Answer:
+        """Everything asked for, from one pass over the image."""
+        query = make_query(top_k, poolings, logits, feature_map, class_map)
+        return self._submit(image, query).result()
+
+    def stream(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        top_k: int = 5,
+        poolings: Sequence[str | Pooling] = (),
+        logits: bool = False,
+        feature_map: bool = False,
+        class_map: bool = False,
+        in_flight: int = 16,
+    ) -> Iterator[tuple[int, Answer | FullframeError]]:
+        """Answers, or what went wrong, with each image's number, in order; at most `in_flight` are worked on at once.
+
+        An image that finds no room in the engine waits for it.
+        """
+        if in_flight < 1:
+            raise InvalidInput(f"in_flight is {in_flight}; it must be at least 1", "in_flight")
+        query = make_query(top_k, poolings, logits, feature_map, class_map)
+        waiting: deque[tuple[int, Future[Answer] | FullframeError]] = deque()
+        numbered = enumerate(images)
+        upcoming = next(numbered, None)
+        while upcoming or waiting:
+            while upcoming and len(waiting) < in_flight:
+                number, image = upcoming
+                try:
+                    waiting.append((number, self._submit(image, query)))
+                except Overloaded as full:
+                    if waiting:
+                        break
+                    time.sleep(full.retry_after)  # the room is another thread's
+                    continue
+                except FullframeError as error:
+                    waiting.append((number, error))
+                upcoming = next(numbered, None)
+            number, outcome = waiting.popleft()
+            try:
+                yield number, outcome.result() if isinstance(outcome, Future) else outcome
+            except FullframeError as error:
+                yield number, error
+
+    def close(self) -> None:
+        """End the worker threads."""
+        self._plane.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _submit(self, image: ImageSource, query: Query) -> Future[Answer]:
+        picture = open_source(image, self._plane.limits)
+        return self._plane.submit(self._model, [picture], query)[0]
+
+
+def load(model: str | None = None, engine: str = "auto", *, limits: Limits | None = None) -> Predictor:
+    """Open a model in this process.
+
+    Args:
+        model: an .onnx file, a model's folder, or None or "cifar10" for the bundled default.
+        engine: "auto" or "onnx".
+
+    Raises:
+        NotFound: no such model.
+        InvalidModel: the file breaks the contract.
+    """
+    if engine not in ENGINES:
+        raise InvalidInput(f"no engine is named {engine!r}; there are {', '.join(ENGINES)}", "engine")
+    try:
+        return Predictor(open_plane([] if model in (None, BUNDLED_NAME) else [str(model)], limits=limits))
+    except InvalidInput as error:
+        raise NotFound(str(error)) from error

@@ -1,0 +1,21 @@
+"""Bytes -> pixels: formats, limits, orientation and colour."""
+
+from fullframe.image.colour import Pixels
+from fullframe.image.decode import Picture, encode_png, open_encoded
+from fullframe.image.formats import SUPPORTED
+from fullframe.image.limits import Limits
+from fullframe.image.overlay import draw_class_map
+from fullframe.image.source import ImageSource, open_raw, open_source
+
+__all__ = [
+    "SUPPORTED",
+    "ImageSource",
+    "Limits",
+    "Picture",
+    "Pixels",
+    "draw_class_map",
+    "encode_png",
+    "open_encoded",
+    "open_raw",
+    "open_source",
+]

@@ -1,0 +1,57 @@
+"""How large an image may be, and the refusal of those that are larger."""
+
+from dataclasses import dataclass
+
+from fullframe.errors import InvalidInput
+from fullframe.image.formats import SUPPORTED
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one image may cost; all of it is checked before any pixel is decoded.
+
+    Attributes:
+        max_pixels: height x width.
+        max_bytes: of an encoded file. Raw pixels are bounded by max_pixels alone.
+        max_frames: frames or pages of a file, of which the first is read.
+        formats: names of SUPPORTED formats.
+    """
+
+    max_pixels: int = 32_000_000
+    max_bytes: int = 64 * 2**20
+    max_frames: int = 1000
+    formats: frozenset[str] = SUPPORTED
+
+    def __post_init__(self) -> None:
+        if unknown := self.formats - SUPPORTED:
+            raise ValueError(f"cannot read {listed(unknown)}; supported formats are {listed(SUPPORTED)}")
+
+    def check_bytes(self, count: int) -> None:
+        """Raise InvalidInput if an encoded file of `count` bytes is too large."""
+        if count > self.max_bytes:
+            raise refused(f"{count} bytes are more than the limit of {self.max_bytes} bytes")
+
+    def check_frames(self, count: int) -> None:
+        """Raise InvalidInput if a file has too many frames or pages."""
+        if count > self.max_frames:
+            raise refused(f"{count} frames or pages are more than the limit of {self.max_frames}")
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise InvalidInput if height x width pixels are too many, or none."""
+        if height < 1 or width < 1:
+            raise refused(f"{width}x{height} (width x height) has no pixels; both must be at least 1")
+        if height * width > self.max_pixels:
+            raise refused(
+                f"{width}x{height} (width x height) is {height * width / 1e6:.1f} megapixels; "
+                f"the limit is {self.max_pixels / 1e6:g}"
+            )
+
+
+def listed(names: frozenset[str]) -> str:
+    """Names in order, as a sentence shows them."""
+    return ", ".join(sorted(names))
+
+
+def refused(message: str) -> InvalidInput:
+    """The error of an image that cannot be taken."""
+    return InvalidInput(message, field="images")

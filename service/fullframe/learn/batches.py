@@ -1,0 +1,71 @@
+"""Images -> batches: shuffled and augmented to train on, grouped by size to validate."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fullframe.learn.augment import Augmentation, random_crop
+from fullframe.learn.data import Image
+
+VALIDATION_PIXELS = 1 << 20
+
+Batch = tuple[Tensor, Tensor]
+"""uint8 [N, 3, H, W] and int64 labels [N]."""
+
+
+def training_batches(
+    images: Sequence[Image], batch_size: int, how: Augmentation, seed: int, epoch: int, first: int = 0
+) -> Iterator[Batch]:
+    """An epoch's batches from the one numbered `first`, each prepared while its predecessor is worked on.
+
+    They depend on (seed, epoch, number) alone, so an epoch can be taken up anywhere. The last images of the order,
+    too few for a batch, are left out.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(len(images))
+    count = len(images) // batch_size
+
+    def prepare(number: int) -> Batch:
+        rng = np.random.default_rng((seed, epoch, number + 1))  # with a 0 it would be the order's generator again
+        side = how.draw_size(rng)
+        chosen = [images[index] for index in order[number * batch_size : (number + 1) * batch_size]]
+        crops = [random_crop(image.pixels(), side, how, rng) for image in chosen]
+        return torch.stack(crops), torch.tensor([image.label for image in chosen])
+
+    with ThreadPoolExecutor(1) as worker:
+        upcoming = worker.submit(prepare, first) if first < count else None
+        for number in range(first + 1, count + 1):
+            assert upcoming is not None
+            batch = upcoming.result()
+            upcoming = worker.submit(prepare, number) if number < count else None
+            yield batch
+
+
+def validation_batches(images: Sequence[Image], largest: int) -> Iterator[Batch]:
+    """All images, those of one size together, within VALIDATION_PIXELS.
+
+    An image keeps its size unless its shorter side exceeds `largest`: then it is shrunk to it.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[Tensor, int]]] = defaultdict(list)
+
+    def batch(group: list[tuple[Tensor, int]]) -> Batch:
+        pixels, labels = zip(*group, strict=True)
+        group.clear()
+        return torch.stack(pixels), torch.tensor(labels)
+
+    for image in images:
+        pixels = torch.from_numpy(image.pixels()).permute(2, 0, 1)
+        shorter = min(pixels.shape[1:])
+        if shorter > largest:
+            size = [max(1, round(side * largest / shorter)) for side in pixels.shape[1:]]
+            pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+        height, width = pixels.shape[1:]
+        group = waiting[height, width]
+        group.append((pixels, image.label))
+        if (len(group) + 1) * height * width > VALIDATION_PIXELS:
+            yield batch(group)
+    yield from (batch(group) for group in waiting.values() if group)

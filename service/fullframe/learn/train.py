@@ -1,0 +1,339 @@
+"""The training loop: batches in, a run folder with checkpoint, log and plot out."""
+
+import csv
+import io
+import json
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fullframe.errors import InvalidInput
+from fullframe.learn.batches import training_batches, validation_batches
+from fullframe.learn.checkpoint import (
+    FILE,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+    write_atomically,
+)
+from fullframe.learn.data import ImageSet
+from fullframe.learn.nets import Net, NetConfig
+from fullframe.learn.plot import plot_history
+from fullframe.learn.recipe import Recipe
+
+SETTINGS = "run.json"
+LOG = "log.csv"
+PLOT = "curve.png"
+COLUMNS = ("epoch", "learning_rate", "loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds")
+Row = dict[str, float]  # of the log; its keys are COLUMNS
+_MAY_DIFFER = {"torch", "device", "source", "validation_share"}  # the images themselves are compared
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: whole epochs done, steps of the next one, and that one's sums."""
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    seconds: float = 0.0
+    history: list[Row] = field(default_factory=list)
+
+
+class Trainer:
+    """One run in a folder.
+
+    The order of the images and their augmentation are functions of (seed, epoch, step), so a run continued from a
+    checkpoint goes on as if it had not stopped; on a CPU with as many threads, bit for bit.
+    """
+
+    def __init__(self, run: Path, net: NetConfig, recipe: Recipe, images: ImageSet, device: str = "auto") -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if len(images.train) < recipe.batch_size:
+            raise InvalidInput(
+                f"batch_size is {recipe.batch_size}, but there are {len(images.train)} training images; "
+                "it must be no more than that",
+                "batch_size",
+            )
+        self.run, self.recipe, self.images = run, recipe, images
+        self.device = torch.device(device)
+        torch.manual_seed(recipe.seed)
+        self.net = Net(net).to(self.device)
+        nn.utils.convert_conv2d_weight_memory_format(self.net, torch.channels_last)
+        self.ema = deepcopy(self.net).eval().requires_grad_(False)
+        self.optimizer = _optimizer(self.net, recipe)
+        self.progress = Progress()
+        self.stopping = False
+        self.steps = len(images.train) // recipe.batch_size
+        self._mean = torch.tensor(recipe.mean, device=self.device).view(3, 1, 1) * 255
+        self._std = torch.tensor(recipe.std, device=self.device).view(3, 1, 1) * 255
+
+    # -- state on disk
+
+    def open(self) -> None:
+        """Make the run folder, or continue the run in it; raises InvalidInput where that one has other settings."""
+        settings = self._settings()
+        if not (self.run / SETTINGS).exists():
+            self.run.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.run / SETTINGS, json.dumps(settings, indent=1).encode())
+            return
+        if differences := _differences(read_settings(self.run), settings):
+            raise InvalidInput(
+                f"{self.run} holds a run with other settings ({'; '.join(differences)}); continue it with its own, "
+                "or name another folder",
+                "run",
+            )
+        if not (self.run / FILE).exists():
+            return
+        tensors, state = load_checkpoint(self.run / FILE)
+        groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            group, rest = name.split(".", 1)
+            groups[group][rest] = tensor
+        self.net.load_state_dict(groups["net"])
+        self.ema.load_state_dict(groups["ema"])
+        restore_optimizer(self.optimizer, groups["optimizer"])
+        self.progress = Progress(**state)
+        torch.set_rng_state(groups["rng"]["cpu"])
+        if "cuda" in groups["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(groups["rng"]["cuda"], self.device)
+
+    def save(self) -> None:
+        """Write the checkpoint, then the log and the plot."""
+        rng = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        named = {
+            "net": self.net.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+        tensors = {f"{group}.{name}": tensor for group, values in named.items() for name, tensor in values.items()}
+        save_checkpoint(self.run / FILE, tensors | rng, vars(self.progress))
+        if self.progress.history:
+            text = io.StringIO(newline="")
+            log = csv.DictWriter(text, COLUMNS)
+            log.writeheader()
+            log.writerows(self.progress.history)
+            write_atomically(self.run / LOG, text.getvalue().encode())
+            write_atomically(self.run / PLOT, plot_history(self.progress.history))
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "net": self.net.config.to_json(),
+            "recipe": self.recipe.to_json(),
+            "labels": list(self.images.labels),
+            "source": self.images.source,
+            "validation_share": self.images.validation_share,
+            "data": self.images.fingerprint(),
+            "train_images": len(self.images.train),
+            "validation_images": len(self.images.validation),
+            "torch": torch.__version__,
+            "device": self._device_name(),
+        }
+
+    def _device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        threads = torch.get_num_threads()
+        return f"{threads} CPU thread{'s' if threads > 1 else ''}"
+
+    # -- work
+
+    def fit(
+        self,
+        on_step: Callable[[Progress], None] = lambda _: None,
+        on_epoch: Callable[[Row], None] = lambda _: None,
+    ) -> list[Row]:
+        """Train to the last epoch, saving after each; returns the log. SIGINT or SIGTERM saves, then Interrupted."""
+        with self._signals():
+            while self.progress.epoch < self.recipe.epochs:
+                self._train_epoch(on_step)
+                self._close_epoch()
+                self.save()
+                on_epoch(self.progress.history[-1])
+        return self.progress.history
+
+    def _train_epoch(self, on_step: Callable[[Progress], None]) -> None:
+        progress = self.progress
+        self.net.train()
+        if progress.epoch >= self.recipe.epochs - self.recipe.frozen_norm_epochs:
+            self._freeze_norms()
+        clock = time.perf_counter()
+        recipe = self.recipe
+        for images, labels in training_batches(
+            self.images.train, recipe.batch_size, recipe.augmentation, recipe.seed, progress.epoch, progress.step
+        ):
+            loss, correct = self._step(images, labels)
+            progress.step += 1
+            progress.loss += loss * len(labels)
+            progress.correct += correct
+            progress.seen += len(labels)
+            progress.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+            on_step(progress)
+            if self.stopping:
+                self.save()
+                raise Interrupted
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """One update; returns the batch's mean loss and how many it had right."""
+        progress, recipe = self.progress, self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate_at(progress.epoch + (progress.step + 1) / self.steps)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            logits = self.net(self._normalise(images))
+        labels = labels.to(self.device)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if recipe.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
+        self.optimizer.step()
+        self._average(progress.epoch * self.steps + progress.step)
+        value = loss.item()
+        if not np.isfinite(value):
+            raise InvalidInput(
+                f"the loss became {value} in epoch {progress.epoch + 1}; a lower learning rate, a longer warm-up "
+                "or clipping would be right",
+                "learning_rate",
+            )
+        return value, int((logits.argmax(1) == labels).sum())
+
+    def _freeze_norms(self) -> None:
+        """Let batch norms use the averaged statistics from here on."""
+        for norm, averaged in zip(self.net.modules(), self.ema.modules(), strict=True):
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.load_state_dict(dict(norm.named_parameters()) | dict(averaged.named_buffers()))
+                norm.eval()
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Move the averaged weights (and batch norm's statistics) towards the current ones, faster at first."""
+        decay = min(self.recipe.ema, (1 + step) / (10 + step))
+        for mean, value in zip(self.ema.state_dict().values(), self.net.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - decay)
+            else:
+                mean.copy_(value)
+
+    def _close_epoch(self) -> None:
+        progress = self.progress
+        clock = time.perf_counter()
+        loss, accuracy = self.validate()
+        progress.epoch += 1
+        row = {
+            "epoch": progress.epoch,
+            "learning_rate": self.recipe.learning_rate_at(progress.epoch),
+            "loss": progress.loss / progress.seen,
+            "train_accuracy": progress.correct / progress.seen,
+            "validation_loss": loss,
+            "validation_accuracy": accuracy,
+            "seconds": progress.seconds + time.perf_counter() - clock,
+        }
+        self.progress = Progress(epoch=progress.epoch, history=[*progress.history, row])
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float]:
+        """Loss and accuracy of the averaged weights on the validation images; NaN where there are none."""
+        loss, correct = 0.0, 0
+        for images, labels in validation_batches(self.images.validation, max(self.recipe.augmentation.sizes)):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+                logits = self.ema(self._normalise(images)).float()
+            labels = labels.to(self.device)
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            correct += int((logits.argmax(1) == labels).sum())
+        count = len(self.images.validation) or float("nan")
+        return loss / count, correct / count
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] on any device to normalised float32, channels last, on the run's."""
+        pixels = images.to(self.device, torch.float32, memory_format=torch.channels_last)
+        return (pixels - self._mean) / self._std
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the current step."""
+
+        def stop(_signal: int, _frame: FrameType | None) -> None:
+            self.stopping = True
+
+        if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
+            yield
+            return
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """The settings a run was started with; raises InvalidInput where there is no run."""
+    try:
+        settings: dict[str, Any] = json.loads((run / SETTINGS).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{run} holds no training run (no readable {SETTINGS})", "run") from error
+    return settings
+
+
+def load_run(run: Path) -> tuple[Net, dict[str, Any], dict[str, Any]]:
+    """A run's averaged network in evaluation mode, its settings, and its progress."""
+    settings = read_settings(run)
+    if not (run / FILE).exists():
+        raise InvalidInput(f"{run} has no checkpoint yet; it has one after the first epoch", "run")
+    tensors, progress = load_checkpoint(run / FILE)
+    net = Net(NetConfig.from_json(settings["net"]))
+    weights = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InvalidInput(f"{run} holds no weights for the network that its {SETTINGS} describes", "run") from error
+    return net.eval(), settings, progress
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two runs' settings, in words."""
+    found: list[str] = []
+    for key in sorted((there.keys() | here.keys()) - _MAY_DIFFER):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif json.dumps(old) != json.dumps(new):
+            found.append(
+                "other images, or another split of them" if key == "data" else f"{prefix}{key} {old}, not {new}"
+            )
+    return found
+
+
+def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer; biases and batch norm have no weight decay."""
+    groups = [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, recipe.learning_rate, momentum=0.9, nesterov=True, foreach=True)
+    return torch.optim.AdamW(groups, recipe.learning_rate, foreach=True)

@@ -1,0 +1,76 @@
+"""What a server can be told: one documented field each, from an option, else from the environment, else the default."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ByteSize, Field, FiniteFloat, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from fullframe.errors import InvalidInput
+
+PREFIX = "FULLFRAME_"
+
+_MIB = 2**20
+
+
+class Settings(BaseSettings):
+    """Every field can be given as FULLFRAME_NAME in the environment; byte counts take units ("64MiB")."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    # Loopback, since there is no authentication: a container, whose network is the boundary, sets 0.0.0.0.
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0: any free one")
+    metrics_port: int = Field(8002, ge=-1, le=65535, description="Prometheus port; 0: any free one, -1: none")
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="models as NAME=PATH or PATH, the first the default; in the environment with commas between"
+    )
+    workers: int = Field(0, ge=0, description="images worked on at once; 0: one for each core")
+    max_megapixels: FiniteFloat = Field(32, gt=0, description="largest image, in megapixels")
+    max_image_bytes: ByteSize = Field(ByteSize(64 * _MIB), gt=0, description="largest encoded image")
+    max_frames: int = Field(1000, ge=1, description="most frames or pages of one file, of which the first is read")
+    # The default lets 32 megapixels come as raw RGB.
+    max_message_bytes: ByteSize = Field(
+        ByteSize(128 * _MIB), gt=0, le=2**31 - 1, description="largest message in either direction"
+    )
+    max_images_per_request: int = Field(128, ge=1, le=1024, description="most images of one request")
+    max_megapixels_in_flight: FiniteFloat = Field(256, gt=0, description="megapixels queued and computed together")
+    max_bytes_in_flight: ByteSize = Field(ByteSize(512 * _MIB), gt=0, description="bytes of all requests held together")
+    max_concurrent_rpcs: int = Field(256, ge=1, description="calls answered at once, health checks not counted")
+    max_stream_images: int = Field(16, ge=1, description="images of one stream read ahead of their answers")
+    drain_delay: FiniteFloat = Field(
+        0,
+        ge=0,
+        description="seconds between NOT_SERVING and refusing calls; as long as balancers take to notice",
+    )
+    grace: FiniteFloat = Field(30, ge=0, description="seconds that calls in flight are given to end at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level logged; debug has a line for every call"
+    )
+    log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+
+def describe(name: str) -> str:
+    """The doc line of one setting, for a command line's help."""
+    return Settings.model_fields[name].description or ""
+
+
+def read_settings(**given: Any) -> Settings:
+    """Settings from what is given (None: not given), else the environment; raises InvalidInput naming what is wrong."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        raise InvalidInput(
+            f"setting {name!r} (in the environment {PREFIX}{name.upper()}) is {first['input']!r}: {first['msg']}", name
+        ) from error
+
+
+def address(host: str, port: int) -> str:
+    """Host and port as gRPC takes them; an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

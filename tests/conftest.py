@@ -1,0 +1,32 @@
+"""What every room's tests may share: a small contract model, and one server that serves it."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.models import write_model
+from tests.serving import Running, serving
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that the tests start from one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An .onnx file that follows the contract, quick to run."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny.onnx")
+
+
+@pytest.fixture(scope="session")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that takes about half a second of one core for a megapixel."""
+    return write_model(tmp_path_factory.mktemp("models") / "slow.onnx", name="slow", channels=64, depth=8)
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path) -> Iterator[Running]:
+    """A server process with the tiny model, for tests that leave it as they found it."""
+    with serving(models=f"tiny={tiny_model}", log_level="debug") as running:
+        yield running

@@ -1,0 +1,131 @@
+"""The data plane: models by name and version, and answers that no neighbour changes."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fullframe.engine.plane import EncodedImage, Plane, RawImage, open_plane
+from fullframe.engine.pooling import KINDS, Pooling, pool
+from fullframe.engine.query import Answer, Query
+from fullframe.errors import DeadlinePassed, InvalidInput, NotFound
+from fullframe.image import Limits
+from tests.models import LABELS, write_model
+from tests.pictures import encode, pixels
+
+SIZES = [(1, 1), (1, 500), (7, 5), (31, 33), (224, 224), (300, 451), (480, 640), (767, 1023)]
+EVERYTHING = Query(7, (Pooling.parse("avg+max@1,2"),), logits=True, feature_map=True, class_map=True)
+
+
+@pytest.fixture(scope="module")
+def plane(slow_model: Path) -> Iterator[Plane]:
+    opened = open_plane([f"slow={slow_model}"], workers=2)
+    yield opened
+    opened.close()
+
+
+def submit(plane: Plane, image: RawImage | EncodedImage, query: Query = EVERYTHING) -> Future[Answer]:
+    return plane.submit(plane.model(), [plane.open(image).result()], query)[0]
+
+
+def raw(height: int, width: int, seed: int = 0) -> RawImage:
+    return RawImage(pixels(height, width, seed).tobytes(), height, width)
+
+
+def bits(answer: Answer) -> list[bytes]:
+    arrays = [*answer.embeddings, answer.logits, answer.feature_map, answer.class_map]
+    return [array.tobytes() for array in arrays if array is not None]
+
+
+def test_answers_in_a_crowd_are_the_answers_alone(plane: Plane) -> None:
+    alone = {size: bits(submit(plane, raw(*size)).result()) for size in SIZES}
+    crowd = [(size, submit(plane, raw(*size))) for size in SIZES * 3]
+    for size, future in crowd:
+        assert bits(future.result()) == alone[size]
+    assert bits(submit(plane, raw(31, 33, seed=1)).result()) != alone[31, 33]
+
+
+def test_encoded_and_raw_pixels_give_the_same_bits(plane: Plane) -> None:
+    picture = pixels(61, 47)
+    assert bits(submit(plane, EncodedImage(encode(picture))).result()) == bits(submit(plane, raw(61, 47)).result())
+
+
+def test_every_pooling_is_that_of_the_feature_map(plane: Plane) -> None:
+    poolings = tuple(
+        Pooling.parse(text, l2_normalize=norm) for text in (*KINDS, "avg+gem(4)@1,2") for norm in (False, True)
+    )
+    answer = submit(plane, raw(121, 97), Query(poolings=poolings, feature_map=True)).result()
+    assert answer.feature_map is not None
+    for pooling, embedding in zip(poolings, answer.embeddings, strict=True):
+        np.testing.assert_allclose(embedding, pool(answer.feature_map, pooling), rtol=1e-4, atol=1e-5)
+
+
+def test_classes_are_ordered_and_probabilities_are_a_softmax(plane: Plane) -> None:
+    answer = submit(plane, raw(40, 50), Query(top_k=100, logits=True)).result()
+    assert answer.logits is not None
+    scores = [score.logit for score in answer.classes]
+    assert scores == sorted(answer.logits.tolist(), reverse=True)
+    assert sum(score.probability for score in answer.classes) == pytest.approx(1)
+    assert {score.label for score in answer.classes} == set(LABELS)
+    two = submit(plane, raw(40, 50), Query(top_k=2)).result().classes
+    assert two == answer.classes[:2]
+
+
+def test_only_what_was_asked_for_comes_back(plane: Plane) -> None:
+    answer = submit(plane, raw(10, 10), Query(top_k=0)).result()
+    assert (answer.height, answer.width, answer.classes, answer.embeddings) == (10, 10, [], [])
+    assert answer.logits is answer.feature_map is answer.class_map is None
+
+
+def test_timings_are_of_this_image(plane: Plane) -> None:
+    began = time.monotonic()
+    futures = [submit(plane, raw(480, 640)) for _ in range(6)]
+    last = [future.result() for future in futures][-1].timings
+    assert 0 < last.compute < time.monotonic() - began
+    assert last.queue > last.decode >= 0
+
+
+def test_a_damaged_image_fails_alone(plane: Plane) -> None:
+    whole = encode(pixels(200, 300), "JPEG")
+    sources = [EncodedImage(whole), EncodedImage(whole[: len(whole) // 2]), EncodedImage(whole)]
+    pictures = [plane.open(source).result() for source in sources]
+    first, damaged, last = plane.submit(plane.model(), pictures, EVERYTHING)
+    assert bits(first.result()) == bits(last.result())
+    with pytest.raises(InvalidInput, match="ends early"):
+        damaged.result()
+
+
+def test_limits_and_deadlines_reach_the_engine(tiny_model: Path) -> None:
+    plane = open_plane([str(tiny_model)], limits=Limits(max_pixels=100), workers=1)
+    with pytest.raises(InvalidInput, match="11x10"):
+        plane.open(raw(10, 11)).result()
+    picture = plane.open(raw(10, 10)).result()
+    with pytest.raises(DeadlinePassed):
+        plane.submit(plane.model(), [picture], Query(), deadline=time.monotonic())[0].result()
+    plane.close()
+
+
+def test_models_are_found_by_name_and_version(tmp_path: Path) -> None:
+    for version in ("2", "10", "9"):
+        folder = tmp_path / "birds" / version
+        folder.mkdir(parents=True)
+        write_model(folder / "model.onnx", seed=int(version))
+    other = write_model(tmp_path / "fish.onnx")
+    plane = open_plane([f"fish={other}", str(tmp_path / "birds")])
+    assert [(m.name, m.version, m.default) for m in plane.models()] == [
+        ("fish", "1", True), ("birds", "2", False), ("birds", "9", False), ("birds", "10", False)
+    ]  # fmt: skip
+    assert plane.model().name == "fish"
+    assert plane.model("birds").version == "10"
+    assert plane.model("birds", "9").version == "9"
+    picture = plane.open(raw(9, 9)).result()
+    nine, ten = (plane.submit(plane.model("birds", v), [picture], EVERYTHING)[0].result() for v in ("9", "10"))
+    assert bits(nine) != bits(ten)
+    with pytest.raises(NotFound, match="no model is named 'cat'; served here: birds, fish"):
+        plane.model("cat")
+    with pytest.raises(NotFound, match="'birds' has no version '3'; served here: 2, 9, 10"):
+        plane.model("birds", "3")
+    plane.close()

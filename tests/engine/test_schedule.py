@@ -1,0 +1,191 @@
+"""The scheduler: order, admission, deadlines, cancellation, and counts that always add up."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fullframe.engine.schedule import Counters, Job, Scheduler, Turn
+from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
+
+
+class Gate:
+    """A job that says when it runs and waits to be let go."""
+
+    def __init__(self, pixels: int = 100) -> None:
+        self.running, self.go = threading.Event(), threading.Event()
+        self.job = Job(pixels, self._work)
+
+    def _work(self, turn: Turn) -> Turn:
+        self.running.set()
+        assert self.go.wait(30)
+        return turn
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Scheduler]:
+    made = Scheduler(workers=1, max_pixels=1000)
+    yield made
+    made.close()
+    assert_all_accounted(made.counters())
+
+
+def assert_all_accounted(counters: Counters) -> None:
+    ended = counters.finished + counters.failed + counters.cancelled + counters.expired
+    assert counters.created == ended
+    assert (counters.queued, counters.running, counters.pixels_in_flight) == (0, 0, 0)
+
+
+def blocked(scheduler: Scheduler, pixels: int = 100) -> tuple[Gate, Future[Turn]]:
+    gate = Gate(pixels)
+    [future] = scheduler.submit([gate.job])
+    assert gate.running.wait(10)
+    return gate, future
+
+
+def test_first_come_first_served(scheduler: Scheduler) -> None:
+    gate, first = blocked(scheduler)
+    order: list[int] = []
+    futures = scheduler.submit([Job(1, lambda turn, i=i: order.append(i)) for i in range(10)])  # type: ignore[misc]
+    gate.go.set()
+    for future in [first, *futures]:
+        future.result(10)
+    assert order == list(range(10))
+
+
+def test_a_turn_knows_its_wait_and_whether_it_is_alone() -> None:
+    scheduler = Scheduler(workers=2, max_pixels=1000)
+    first, lone = blocked(scheduler)
+    second, crowded = blocked(scheduler)
+    [queued] = scheduler.submit([Job(1, lambda turn: turn)])
+    time.sleep(0.05)
+    second.go.set()
+    first.go.set()
+    assert lone.result(10).alone and not crowded.result(10).alone
+    assert queued.result(10).queued >= 0.05
+    scheduler.close()
+
+
+def test_a_request_is_admitted_whole_or_not_at_all(scheduler: Scheduler) -> None:
+    gate, _ = blocked(scheduler, pixels=600)
+    with pytest.raises(Overloaded, match=r"no room for 0\.0005 megapixels") as refusal:
+        scheduler.submit([Job(100, lambda _: None)] * 5)
+    assert refusal.value.retry_after > 0
+    assert scheduler.counters().queued == 0
+    futures = scheduler.submit([Job(100, lambda _: None)] * 4)
+    gate.go.set()
+    for future in futures:
+        future.result(10)
+    assert scheduler.counters().refused == 1
+
+
+def test_a_request_that_could_never_fit_is_invalid(scheduler: Scheduler) -> None:
+    with pytest.raises(InvalidInput, match="several requests"):
+        scheduler.submit([Job(600, lambda _: None)] * 2)
+    scheduler.submit([Job(1000, lambda _: None)])[0].result(10)
+
+
+def test_cancelling_a_queued_job_frees_its_room_at_once(scheduler: Scheduler) -> None:
+    gate, _ = blocked(scheduler, pixels=100)
+    ran: list[Turn] = []
+    [queued] = scheduler.submit([Job(900, ran.append)])
+    with pytest.raises(Overloaded):
+        scheduler.submit([Job(900, ran.append)])
+    assert queued.cancel()
+    counters = scheduler.counters()
+    assert (counters.cancelled, counters.pixels_in_flight, counters.queued) == (1, 100, 0)
+    [admitted] = scheduler.submit([Job(900, lambda _: "now")])
+    gate.go.set()
+    assert admitted.result(10) == "now"
+    assert ran == []
+
+
+def test_a_running_job_cannot_be_cancelled(scheduler: Scheduler) -> None:
+    gate, future = blocked(scheduler)
+    assert not future.cancel()
+    gate.go.set()
+    assert isinstance(future.result(10), Turn)
+
+
+def test_a_deadline_that_passes_in_the_queue_drops_the_job(scheduler: Scheduler) -> None:
+    gate, _ = blocked(scheduler)
+    ran: list[Turn] = []
+    [late] = scheduler.submit([Job(1, ran.append)], deadline=time.monotonic() + 0.02)
+    [patient] = scheduler.submit([Job(1, ran.append)], deadline=time.monotonic() + 30)
+    time.sleep(0.05)
+    gate.go.set()
+    with pytest.raises(DeadlinePassed):
+        late.result(10)
+    patient.result(10)
+    assert len(ran) == 1
+    assert scheduler.counters().expired == 1
+
+
+def test_a_failing_job_fails_alone(scheduler: Scheduler) -> None:
+    class Poison(BaseException):
+        pass
+
+    def fail(turn: Turn) -> None:
+        raise Poison
+
+    bad, good = scheduler.submit([Job(1, fail), Job(1, lambda _: "well")])
+    with pytest.raises(Poison):
+        bad.result(10)
+    assert good.result(10) == "well"
+    assert scheduler.healthy()
+
+
+def test_draining_refuses_new_jobs_and_waits_for_the_old(scheduler: Scheduler) -> None:
+    gate, running = blocked(scheduler)
+    [queued] = scheduler.submit([Job(1, lambda _: "last")])
+    assert not scheduler.drain(0.05)
+    with pytest.raises(Unavailable):
+        scheduler.submit([Job(1, lambda _: None)])
+    gate.go.set()
+    assert scheduler.drain(10)
+    assert queued.result(0.5) == "last"
+    assert running.done()
+
+
+def test_closing_cancels_the_queue() -> None:
+    scheduler = Scheduler(workers=1, max_pixels=1000)
+    gate, running = blocked(scheduler)
+    [queued] = scheduler.submit([Job(1, lambda _: None)])
+    threading.Timer(0.05, gate.go.set).start()
+    scheduler.close()
+    assert running.done()
+    with pytest.raises(CancelledError):
+        queued.result(0)
+    assert_all_accounted(scheduler.counters())
+    assert not scheduler.healthy()
+
+
+@given(st.data())
+def test_counts_add_up_after_a_storm(data: st.DataObject) -> None:
+    fates = data.draw(st.lists(st.sampled_from(["finish", "fail", "cancel", "expire"]), max_size=60))
+    scheduler = Scheduler(workers=3, max_pixels=40)
+    refused = 0
+    for fate in fates:
+
+        def work(turn: Turn, fate: str = fate) -> None:
+            if fate == "fail":
+                raise ValueError
+
+        deadline = time.monotonic() - 1 if fate == "expire" else None
+        try:
+            [future] = scheduler.submit([Job(7, work)], deadline)
+        except Overloaded:
+            refused += 1
+        else:
+            if fate == "cancel":
+                future.cancel()
+    assert scheduler.drain(10)
+    counters = scheduler.counters()
+    assert_all_accounted(counters)
+    assert counters.created + refused == len(fates)
+    assert counters.refused == refused
+    scheduler.close()

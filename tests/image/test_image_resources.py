@@ -1,0 +1,75 @@
+"""Memory stays flat over thousands of images, and threads do not disturb each other."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fullframe.errors import InvalidInput
+from fullframe.image import Limits, Pixels, open_encoded
+from tests.pictures import encode, pixels
+
+LIMITS = Limits()
+FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "GIF"]
+
+
+def files() -> list[bytes]:
+    """40 files of 40 sizes; every eighth is cut short."""
+    sizes = np.random.default_rng(0).integers(16, 256, (40, 2))
+    made = [encode(pixels(h, w), FORMATS[number % 5]) for number, (h, w) in enumerate(sizes.tolist())]
+    return [data[: len(data) // 2] if number % 8 == 7 else data for number, data in enumerate(made)]
+
+
+def decode(data: bytes) -> Pixels | None:
+    try:
+        return open_encoded(data, LIMITS).pixels()
+    except InvalidInput:
+        return None
+
+
+def resident_megabytes() -> float:
+    found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
+
+
+def growth(decoded: Iterator[Pixels | None], warm: int, count: int, keep: bool) -> float:
+    kept = []
+    for number, result in enumerate(decoded):
+        if keep:
+            kept.append(result)
+        if number == warm:
+            before = resident_megabytes()
+        if number == warm + count:
+            break
+    return resident_megabytes() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_stays_flat_over_two_thousand_images() -> None:
+    data = files()
+    endless = (decode(data[number % len(data)]) for number in range(10_000))
+    assert growth(endless, warm=300, count=2000, keep=False) < 12
+    endless = (decode(data[number % len(data)]) for number in range(10_000))
+    assert growth(endless, warm=100, count=500, keep=True) > 12, "the measure does not see growth"
+
+
+def test_threads_get_what_one_alone_gets() -> None:
+    data = files()
+    alone = [decode(item) for item in data]
+    assert sum(result is None for result in alone) == 5
+    with ThreadPoolExecutor(8) as pool:
+        for number, result in enumerate(pool.map(decode, data * 8)):
+            expected = alone[number % len(data)]
+            assert (result is None) == (expected is None)
+            assert result is None or expected is None or np.array_equal(result, expected)
+
+
+def test_one_picture_asked_by_many_threads() -> None:
+    picture = open_encoded(encode(pixels(200, 300), "JPEG"), LIMITS)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: picture.pixels(), range(32)))
+    assert all(np.array_equal(result, results[0]) for result in results)

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+
+from fullframe.learn.augment import Augmentation
+from fullframe.learn.batches import VALIDATION_PIXELS, Batch, training_batches, validation_batches
+from fullframe.learn.data import Image
+
+HOW = Augmentation(sizes=(8, 12, 16))
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image]:
+    """Each image's label is its grey."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(4, 30, (50, 2))
+    return [Image(str(i), b"", i, np.full((h, w, 3), i, np.uint8)) for i, (h, w) in enumerate(sizes)]
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)
+    )
+
+
+def test_an_epoch_shows_each_image_once_at_one_size_a_batch(images: list[Image]) -> None:
+    batches = list(training_batches(images, 8, HOW, seed=0, epoch=0))
+    assert len(batches) == 6
+    labels = torch.cat([labels for _, labels in batches])
+    assert len(set(labels.tolist())) == 48
+    assert len({pixels.shape[2:] for pixels, _ in batches}) > 1
+    for pixels, grey in batches:
+        assert pixels.shape[2] == pixels.shape[3] in HOW.sizes
+        assert (pixels == grey.view(-1, 1, 1, 1)).all(), "labels follow their images"
+
+
+def test_an_epoch_can_be_taken_up_anywhere(images: list[Image]) -> None:
+    whole = list(training_batches(images, 8, HOW, seed=0, epoch=3))
+    for first in range(7):
+        assert same(list(training_batches(images, 8, HOW, seed=0, epoch=3, first=first)), whole[first:])
+    assert not same(list(training_batches(images, 8, HOW, seed=0, epoch=4)), whole)
+    assert not same(list(training_batches(images, 8, HOW, seed=1, epoch=3)), whole)
+
+
+def test_validation_shows_all_and_enlarges_none(images: list[Image]) -> None:
+    seen = {}
+    for pixels, labels in validation_batches(images, 16):
+        for label in labels.tolist():
+            seen[label] = pixels.shape[2:]
+        assert (pixels == labels.view(-1, 1, 1, 1)).all()
+    assert len(seen) == 50
+    for image in images:
+        height, width = image.pixels().shape[:2]
+        shrunk = max(1.0, min(height, width) / 16)
+        assert seen[image.label] == (round(height / shrunk), round(width / shrunk))
+
+
+def test_validation_batches_are_bounded() -> None:
+    side = 400
+    images = [Image(str(i), b"", 0, np.zeros((side, side, 3), np.uint8)) for i in range(15)]
+    sizes = [len(labels) for _, labels in validation_batches(images, side)]
+    assert sum(sizes) == 15
+    assert max(sizes) == VALIDATION_PIXELS // side**2

@@ -1,0 +1,88 @@
+"""Imports run one way, and serving needs no torch: read off the source and off a running interpreter."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import fullframe
+
+PACKAGE = Path(fullframe.__file__).parent
+# What each room may import besides itself; `errors`, the version and generated messages are open to all.
+MAY_IMPORT = {
+    "image": set(),
+    "model": {"image"},
+    "engine": {"model", "image"},
+    "server": {"engine", "model", "image", "settings"},
+    "settings": {"engine", "model", "image"},
+    "client": {"engine", "model", "image"},
+    "learn": {"engine", "model", "image"},
+    "cli": {"server", "engine", "model", "image", "settings", "client", "learn"},
+}
+SHARED = {"errors", "__version__"}
+GRPC_ROOMS = {"server", "client", "cli"}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything `path` imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def sources() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if room(path) in MAY_IMPORT]
+
+
+def test_every_room_is_known() -> None:
+    rooms = {room(path) for path in PACKAGE.rglob("*.py")}
+    assert rooms - {"__init__", "__main__", "errors", "v1"} == set(MAY_IMPORT)
+
+
+def test_imports_run_one_way() -> None:
+    for path in sources():
+        for name in imports(path):
+            package, _, rest = name.partition(".")
+            target = rest.partition(".")[0]
+            if package != "fullframe" or target in SHARED or target == room(path):
+                continue
+            if target == "v1":
+                assert room(path) in GRPC_ROOMS, f"{path} knows the transport's messages"
+            else:
+                assert target in MAY_IMPORT[room(path)], f"{path} imports {name}"
+
+
+def test_only_transport_knows_grpc_and_only_learning_knows_torch() -> None:
+    for path in sources():
+        for name in imports(path):
+            top = name.partition(".")[0]
+            assert top not in {"grpc", "grpc_status", "grpc_health"} or room(path) in GRPC_ROOMS, f"{path}: {name}"
+            assert top not in {"torch", "onnx", "onnxscript"} or room(path) == "learn" or _type_checking(path, name)
+            assert top != "onnxruntime" or room(path) in {"engine", "learn"}, f"{path}: {name}"
+
+
+def _type_checking(path: Path, name: str) -> bool:
+    """Whether `name` is imported for type checkers alone."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            inside = {alias.name for n in ast.walk(node) if isinstance(n, ast.Import) for alias in n.names}
+            if name in inside:
+                return True
+    return False
+
+
+def test_serving_loads_no_torch() -> None:
+    program = (
+        "import sys, fullframe.server.lifecycle, fullframe.engine.predictor, fullframe.client\n"
+        "print(*sorted({'torch', 'onnx', 'matplotlib', 'PIL', 'skimage'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert output.stdout.split() == []
