@@ -1,11 +1,16 @@
 """Images/s and latency of the server beside the same work in a bare ONNX Runtime loop, interleaved in one run.
 
-    python -m benchmarks.serve [--photos FOLDER_OR_TAR] [--model NAME=PATH] [--seconds 4] [--rounds 5]
+    python -m benchmarks.serve [--photos FOLDER_OR_TAR] [--model NAME=PATH] [--seconds 1.5] [--rounds 9] [--pairs 300]
 
-Both sides get the same JPEG bytes, use the same decoder and model, and share the machine with the client. The bare
-loop runs `concurrency` callers, at most one on each core, over one session with one thread each; a lone caller gets
-whichever of one thread and all cores is faster for it. Writes benchmarks/results/serve.csv; --photos defaults to the
-photographs in the `demo` extra.
+Both sides get the same JPEG bytes, use the same decoder and model, and share the machine with the client.
+
+- Many callers: the bare loop runs `concurrency` of them, at most one on each core, over one session with one thread
+  each. Rounds of both sides alternate, each going first in turn; the ratio is the median of the rounds' ratios.
+- A lone caller: each photograph goes to both sides, one right after the other, each going first in turn. What the
+  server adds is the median of the differences. The bare loop uses all cores or one thread, whichever had the lower
+  median over the photographs before.
+
+Writes benchmarks/results/serve.csv; --photos defaults to the photographs in the `demo` extra.
 """
 
 import argparse
@@ -22,6 +27,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import grpc.aio
 import numpy as np
@@ -38,6 +44,7 @@ from tests.serving import serving
 
 RESULTS = Path(__file__).parent / "results" / "serve.csv"
 CONCURRENCY = (1, 4, 16)
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -83,22 +90,29 @@ def session(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.enable_mem_pattern = False
+    # As in the server: threads that went on spinning after a run would slow down the other side's next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def bare(run: ort.InferenceSession, photo: bytes) -> float:
+    """Seconds that one photograph takes without a server."""
+    started = time.perf_counter()
+    pixels = open_encoded(photo, LIMITS).pixels()
+    run.run(["logits"], {"images": pixels[np.newaxis]})
+    return time.perf_counter() - started
 
 
 def bare_loop(run: ort.InferenceSession, photos: list[bytes], callers: int, seconds: float) -> Measured:
     """Decode and run in `callers` threads until the time is up."""
-    limits, latencies, lock, stop = Limits(), list[float](), threading.Lock(), time.perf_counter() + seconds
+    latencies, lock, stop = list[float](), threading.Lock(), time.perf_counter() + seconds
     work = itertools.cycle(photos)
 
     def call() -> None:
         while time.perf_counter() < stop:
             with lock:
                 photo = next(work)
-            started = time.perf_counter()
-            pixels = open_encoded(photo, limits).pixels()
-            run.run(["logits"], {"images": pixels[np.newaxis]})
-            latencies.append(time.perf_counter() - started)
+            latencies.append(bare(run, photo))
 
     threads = [threading.Thread(target=call) for _ in range(callers)]
     started = time.perf_counter()
@@ -107,6 +121,15 @@ def bare_loop(run: ort.InferenceSession, photos: list[bytes], callers: int, seco
     for thread in threads:
         thread.join()
     return Measured(latencies, time.perf_counter() - started)
+
+
+async def asked(classify: Any, request: pb.ClassifyRequest) -> float:
+    """Seconds that one request takes."""
+    started = time.perf_counter()
+    response = await classify(request)
+    elapsed = time.perf_counter() - started
+    assert response.results[0].info.status.code == 0, response
+    return elapsed
 
 
 def served(target: str, photos: list[bytes], callers: int, seconds: float) -> Measured:
@@ -124,65 +147,106 @@ async def _served(target: str, photos: list[bytes], callers: int, seconds: float
 
         async def call() -> None:
             while time.perf_counter() < start + seconds:
-                started = time.perf_counter()
-                response = await classify(next(work))
-                latencies.append(time.perf_counter() - started)
-                assert response.results[0].info.status.code == 0, response
+                latencies.append(await asked(classify, next(work)))
 
         await asyncio.gather(*(call() for _ in range(callers)))
         return Measured(latencies, time.perf_counter() - start)
+
+
+def in_rounds(
+    target: str, run: ort.InferenceSession, photos: list[bytes], callers: int, seconds: float, rounds: int
+) -> dict[str, str]:
+    """Both sides in turn, `rounds` times after one to warm up."""
+    loops, servers = [], []
+    for number in range(rounds + 1):
+        if number % 2:
+            servers.append(served(target, photos, callers, seconds))
+        loops.append(bare_loop(run, photos, min(callers, cores()), seconds))
+        if not number % 2:
+            servers.append(served(target, photos, callers, seconds))
+    loops, servers = loops[1:], servers[1:]
+    return {
+        "server_images_per_s": f"{median([s.rate for s in servers]):.1f}",
+        "bare_images_per_s": f"{median([b.rate for b in loops]):.1f}",
+        "ratio": f"{median([s.rate / b.rate for s, b in zip(servers, loops, strict=True)]):.3f}",
+        **{f"p{q}_ms": f"{median([s.percentile(q) for s in servers]):.1f}" for q in (50, 95, 99)},
+        "bare_p50_ms": f"{median([b.percentile(50) for b in loops]):.1f}",
+        "added_p50_ms": "",
+    }
+
+
+def in_pairs(target: str, runs: list[ort.InferenceSession], photos: list[bytes], pairs: int) -> dict[str, str]:
+    """A lone caller's photographs, each to both sides."""
+    return asyncio.run(_in_pairs(target, runs, photos, pairs))
+
+
+async def _in_pairs(target: str, runs: list[ort.InferenceSession], photos: list[bytes], pairs: int) -> dict[str, str]:
+    ours, theirs = list[float](), list[float]()
+    async with grpc.aio.insecure_channel(target) as channel:
+        classify = VisionServiceStub(channel).Classify
+        trials = [
+            [bare(run, photo) for photo in photos] for run in runs for _ in range(2)
+        ]  # the first of each: warm-up
+        fastest = min(zip(trials[1::2], runs, strict=True), key=lambda trial: median(trial[0]))[1]
+        for photo in photos:
+            await asked(classify, pb.ClassifyRequest(images=[pb.Image(encoded=photo)]))
+        for number, photo in enumerate(itertools.islice(itertools.cycle(photos), pairs)):
+            request = pb.ClassifyRequest(images=[pb.Image(encoded=photo)])
+            if number % 2:
+                ours.append(await asked(classify, request))
+            theirs.append(bare(fastest, photo))
+            if not number % 2:
+                ours.append(await asked(classify, request))
+    server, loop = Measured(ours, sum(ours)), Measured(theirs, sum(theirs))
+    added = median([one - other for one, other in zip(ours, theirs, strict=True)]) * 1e3
+    return {
+        "server_images_per_s": f"{server.rate:.1f}",
+        "bare_images_per_s": f"{loop.rate:.1f}",
+        "ratio": f"{server.rate / loop.rate:.3f}",
+        **{f"p{q}_ms": f"{server.percentile(q):.1f}" for q in (50, 95, 99)},
+        "bare_p50_ms": f"{loop.percentile(50):.1f}",
+        "added_p50_ms": f"{added:.2f}",
+    }
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--model")
-    parser.add_argument("--seconds", type=float, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=300)
     arguments = parser.parse_args()
     native = photographs(arguments.photos)
     workloads = {"native": native, "224x224": [cropped(photo, 224) for photo in native]}
     path = find_models([arguments.model] if arguments.model else [])[0].path
-    cores = len(os.sched_getaffinity(0))
-    one, many = session(path, 1), session(path, cores)
+    one, many = session(path, 1), session(path, cores())
     rows = []
     with serving(models=arguments.model or "") as running:
         for name, photos in workloads.items():
             for callers in CONCURRENCY:
-                bare, ours = [], []
-                for _ in range(arguments.rounds + 1):
-                    loops = [bare_loop(one, photos, min(callers, cores), arguments.seconds)]
-                    if callers == 1:
-                        loops.append(bare_loop(many, photos, 1, arguments.seconds))
-                    bare.append(max(loops, key=lambda m: m.rate))
-                    ours.append(served(running.target, photos, callers, arguments.seconds))
-                rows.append(summary(arguments, path, name, callers, bare[1:], ours[1:]))  # the first round warms up
+                if callers == 1:
+                    figures = in_pairs(running.target, [one, many], photos, arguments.pairs)
+                else:
+                    figures = in_rounds(running.target, one, photos, callers, arguments.seconds, arguments.rounds)
+                rows.append({**setting(arguments, path), "workload": name, "concurrency": str(callers), **figures})
     record(rows)
     show(rows)
 
 
-def summary(
-    arguments: argparse.Namespace, path: Path, workload: str, callers: int, bare: list[Measured], ours: list[Measured]
-) -> dict[str, str]:
-    """One line of the record; ratios and differences are taken round by round."""
-
+def setting(arguments: argparse.Namespace, path: Path) -> dict[str, str]:
+    """When, where and with what."""
+    given = f"--seconds {arguments.seconds:g} --rounds {arguments.rounds} --pairs {arguments.pairs}"
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{platform.machine()}, {cores()} cores",
         "versions": f"python {platform.python_version()}, onnxruntime {ort.__version__}, grpcio {version('grpcio')}",
-        "command": f"python -m benchmarks.serve --seconds {arguments.seconds:g} --rounds {arguments.rounds}"
-        + (" --photos ..." if arguments.photos else ""),
+        "command": f"python -m benchmarks.serve {given}" + (" --photos ..." if arguments.photos else ""),
         "model": path.stem,
-        "workload": workload,
-        "concurrency": str(callers),
-        "server_images_per_s": f"{median([m.rate for m in ours]):.1f}",
-        "bare_images_per_s": f"{median([m.rate for m in bare]):.1f}",
-        "ratio": f"{median([o.rate / b.rate for o, b in zip(ours, bare, strict=True)]):.3f}",
-        "p50_ms": f"{median([m.percentile(50) for m in ours]):.1f}",
-        "p95_ms": f"{median([m.percentile(95) for m in ours]):.1f}",
-        "p99_ms": f"{median([m.percentile(99) for m in ours]):.1f}",
-        "bare_p50_ms": f"{median([m.percentile(50) for m in bare]):.1f}",
-        "added_p50_ms": f"{median([o.percentile(50) - b.percentile(50) for o, b in zip(ours, bare, strict=True)]):.2f}",
     }
 
 

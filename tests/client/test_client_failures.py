@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -14,6 +15,8 @@ import pytest
 from fullframe.client import AsyncClient, Client
 from fullframe.engine.query import Answer, ClassScore, Query
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, ServerError, Unavailable
+from fullframe.v1 import vision_pb2 as pb
+from fullframe.v1.vision_pb2_grpc import VisionServiceServicer, add_VisionServiceServicer_to_server
 from tests.pictures import Pixels, encode, pixels
 from tests.serving import InProcess, Running, eventually, serving, serving_here, start
 
@@ -181,6 +184,80 @@ def test_a_server_of_another_kind() -> None:
         client.classify(SMALL)
     assert error.value.code == "UNIMPLEMENTED"
     other.stop(None)
+
+
+class Stopping(VisionServiceServicer):
+    """Ends as many calls as it is told as gRPC's core does at shutdown, those never begun; answers what follows."""
+
+    def __init__(self, cancelled: int) -> None:
+        self.left = cancelled
+        self.holding, self.let_go = threading.Event(), threading.Event()
+        self.let_go.set()
+
+    def Predict(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
+        self._meet(context)
+        return pb.PredictResponse(results=[pb.Prediction()])
+
+    def PredictStream(
+        self, requests: Iterator[pb.PredictStreamRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.PredictStreamResponse]:
+        self._meet(context)
+        for request in requests:
+            yield pb.PredictStreamResponse(request_id=request.request_id)
+
+    def _meet(self, context: grpc.ServicerContext) -> None:
+        self.holding.set()
+        self.let_go.wait(60)
+        if self.left:
+            self.left -= 1
+            context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+
+
+@contextmanager
+def stopping(cancelled: int) -> Iterator[tuple[Stopping, str]]:
+    servicer = Stopping(cancelled)
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    add_VisionServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield servicer, f"127.0.0.1:{port}"
+    servicer.let_go.set()
+    server.stop(None).wait(10)
+
+
+def test_a_cancellation_of_the_servers_own_is_no_end() -> None:
+    """Blocking and asyncio, single calls and streams: each is tried again, and says why where it may not be."""
+
+    async def ask(target: str, retries: int) -> None:
+        async with AsyncClient(target, retries=retries) as client:
+            assert await client.classify(SMALL) == []
+            servicer.left = 1
+            assert [number async for number, _ in client.stream([SMALL])] == [0]
+
+    with stopping(2) as (servicer, target):
+        with Client(target) as client:
+            assert client.classify(SMALL) == []
+            servicer.left = 2
+            assert [number for number, _ in client.stream([SMALL] * 2)] == [0, 1]
+        servicer.left = 2
+        asyncio.run(ask(target, retries=2))
+        servicer.left = 2
+        with Client(target, retries=0) as client, pytest.raises(Unavailable, match=f"{target} is stopping"):
+            client.classify(SMALL)
+        with pytest.raises(Unavailable, match=f"{target} is stopping"):
+            asyncio.run(ask(target, retries=0))
+
+
+def test_a_client_closed_in_the_middle_does_not_ask_again() -> None:
+    with stopping(0) as (servicer, target), futures.ThreadPoolExecutor() as pool:
+        servicer.let_go.clear()
+        client = Client(target)
+        asked = pool.submit(client.classify, SMALL)
+        assert servicer.holding.wait(10)
+        client.close()
+        with pytest.raises(ServerError, match="Channel closed") as error:
+            asked.result(10)
+        assert error.value.code == "CANCELLED"
 
 
 def test_a_message_limit_that_shrank_is_named(tiny_model: Path) -> None:

@@ -12,7 +12,7 @@ from fullframe.engine.plane import EncodedImage, Plane, RawImage, open_plane
 from fullframe.engine.pooling import KINDS, Pooling, pool
 from fullframe.engine.query import Answer, Query
 from fullframe.errors import DeadlinePassed, InvalidInput, NotFound
-from fullframe.image import Limits
+from fullframe.image import Limits, Picture
 from tests.models import LABELS, write_model
 from tests.pictures import encode, pixels
 
@@ -28,7 +28,12 @@ def plane(slow_model: Path) -> Iterator[Plane]:
 
 
 def submit(plane: Plane, image: RawImage | EncodedImage, query: Query = EVERYTHING) -> Future[Answer]:
-    return plane.submit(plane.model(), [plane.open(image).result()], query)[0]
+    return plane.submit(plane.model(), [opened(plane, image)], query)[0]
+
+
+def opened(plane: Plane, image: RawImage | EncodedImage) -> Picture:
+    picture = plane.open(image)
+    return picture.result() if isinstance(picture, Future) else picture
 
 
 def raw(height: int, width: int, seed: int = 0) -> RawImage:
@@ -91,7 +96,7 @@ def test_timings_are_of_this_image(plane: Plane) -> None:
 def test_a_damaged_image_fails_alone(plane: Plane) -> None:
     whole = encode(pixels(200, 300), "JPEG")
     sources = [EncodedImage(whole), EncodedImage(whole[: len(whole) // 2]), EncodedImage(whole)]
-    pictures = [plane.open(source).result() for source in sources]
+    pictures = [opened(plane, source) for source in sources]
     first, damaged, last = plane.submit(plane.model(), pictures, EVERYTHING)
     assert bits(first.result()) == bits(last.result())
     with pytest.raises(InvalidInput, match="ends early"):
@@ -101,8 +106,8 @@ def test_a_damaged_image_fails_alone(plane: Plane) -> None:
 def test_limits_and_deadlines_reach_the_engine(tiny_model: Path) -> None:
     plane = open_plane([str(tiny_model)], limits=Limits(max_pixels=100), workers=1)
     with pytest.raises(InvalidInput, match="11x10"):
-        plane.open(raw(10, 11)).result()
-    picture = plane.open(raw(10, 10)).result()
+        plane.open(raw(10, 11))
+    picture = opened(plane, raw(10, 10))
     with pytest.raises(DeadlinePassed):
         plane.submit(plane.model(), [picture], Query(), deadline=time.monotonic())[0].result()
     plane.close()
@@ -121,7 +126,7 @@ def test_models_are_found_by_name_and_version(tmp_path: Path) -> None:
     assert plane.model().name == "fish"
     assert plane.model("birds").version == "10"
     assert plane.model("birds", "9").version == "9"
-    picture = plane.open(raw(9, 9)).result()
+    picture = opened(plane, raw(9, 9))
     nine, ten = (plane.submit(plane.model("birds", v), [picture], EVERYTHING)[0].result() for v in ("9", "10"))
     assert bits(nine) != bits(ten)
     with pytest.raises(NotFound, match="no model is named 'cat'; served here: birds, fish"):

@@ -129,7 +129,10 @@ def test_health_follows_the_workers(tiny_model: Path) -> None:
 
 
 def test_sigterm_under_load_loses_no_answer(slow_model: Path) -> None:
-    """Everything sent before the server refuses calls is answered; what comes later is told to go elsewhere."""
+    """Every call that the server had begun is answered; the others are told to go elsewhere.
+
+    Those that had reached gRPC's core alone hear CANCELLED from it (https://github.com/grpc/grpc/issues/41785).
+    """
 
     async def caller(client: Any, codes: list[str], stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -157,10 +160,12 @@ def test_sigterm_under_load_loses_no_answer(slow_model: Path) -> None:
             await asyncio.gather(*callers)
             return codes, await stream
 
-    with serving(models=str(slow_model)) as running:
+    with serving(models=str(slow_model), log_level="debug") as running:
         codes, streamed = asyncio.run(load(running))
-    assert set(codes) == {"0", "UNAVAILABLE"}
-    assert codes.count("0") >= 16
+    assert {"0", "UNAVAILABLE"} <= set(codes) <= {"0", "UNAVAILABLE", "CANCELLED"}
+    begun = running.events("call", rpc="Classify")
+    assert {call["code"] for call in begun} == {"OK"}
+    assert codes.count("0") == 2 * len(begun) >= 16
     assert sorted(streamed) == list("012345")
     refusing, stopped = running.events("draining", step="refusing calls")[0], running.events("stop")[0]
     assert refusing["calls"] > 0 and stopped["clean"]

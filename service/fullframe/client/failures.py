@@ -23,6 +23,7 @@ DEFAULT_RETRY_AFTER: Final = 1.0
 """Seconds, where a server is overloaded and doesn't say for how long."""
 
 _DETAILS_KEY: Final = "grpc-status-details-bin"
+_CANCELLED_HERE: Final = ("Channel closed", "Locally cancelled")  # how grpc's texts for it begin
 _Detail = TypeVar("_Detail", BadRequest, RetryInfo)
 
 
@@ -57,6 +58,9 @@ def error_from_call(error: grpc.RpcError, target: str, timeout: float) -> Fullfr
         return DeadlinePassed(f"{target} gave no answer within {timeout:g} s")
     if code is grpc.StatusCode.UNAVAILABLE:
         return Unavailable(f"no server can be reached at {target}: {text}")
+    if code is grpc.StatusCode.CANCELLED and not text.startswith(_CANCELLED_HERE):
+        # A server that stops ends so what has reached it and was not begun: https://github.com/grpc/grpc/issues/41785
+        return Unavailable(f"{target} is stopping, or cut the call off: ask another server, or this one later")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         return ServerError(f"a message is beyond its receiver's limit: {text}", code.name)
     return error_from_status(Status(code=code.value[0], message=text))

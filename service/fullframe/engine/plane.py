@@ -11,7 +11,7 @@ from fullframe.engine.answer import answer_from, outputs_for
 from fullframe.engine.ort import OrtEngine, available_cores
 from fullframe.engine.query import Answer, Query, Timings
 from fullframe.engine.schedule import Counters, Job, Scheduler, Turn
-from fullframe.errors import InvalidInput, NotFound, quoted
+from fullframe.errors import NotFound, quoted
 from fullframe.image import Limits, Picture, open_encoded, open_raw
 from fullframe.model.contract import Contract
 from fullframe.model.repository import find_models, version_order
@@ -97,21 +97,17 @@ class Plane:
         versions = ", ".join(m.version for m in named)
         raise NotFound(f"model {named[0].name!r} has no version {quoted(version)}; served here: {versions}")
 
-    def open(self, source: EncodedImage | RawImage) -> Future[Picture]:
-        """Read an image's header; the future raises InvalidInput for what is no image or is beyond the limits."""
-        if isinstance(source, EncodedImage) and not (
-            len(source.data) <= _QUICK_BYTES and source.data.startswith(_QUICK_SIGNATURES)
-        ):
-            return self._openers.submit(open_encoded, source.data, self.limits)
-        opened: Future[Picture] = Future()
-        try:
-            if isinstance(source, RawImage):
-                opened.set_result(open_raw(source.data, source.height, source.width, self.limits))
-            else:
-                opened.set_result(open_encoded(source.data, self.limits))
-        except InvalidInput as error:
-            opened.set_exception(error)
-        return opened
+    def open(self, source: EncodedImage | RawImage) -> Picture | Future[Picture]:
+        """Read an image's header: at once where that is quick, or on another thread.
+
+        Raises, now or from the future:
+            InvalidInput: this is no image or is beyond the limits.
+        """
+        if isinstance(source, RawImage):
+            return open_raw(source.data, source.height, source.width, self.limits)
+        if len(source.data) <= _QUICK_BYTES and source.data.startswith(_QUICK_SIGNATURES):
+            return open_encoded(source.data, self.limits)
+        return self._openers.submit(open_encoded, source.data, self.limits)
 
     def submit(
         self, model: Served, pictures: Sequence[Picture], query: Query, deadline: float | None = None

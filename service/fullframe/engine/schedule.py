@@ -70,7 +70,9 @@ class Scheduler:
         self.max_pixels = max_pixels
         self._counters = Counters()
         self._queue: deque[_Entry] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)  # for workers
+        self._emptied = threading.Condition(self._lock)  # for who drains
         self._draining = False
         self._closed = False
         self._timed_pixels, self._timed_seconds = _FIRST_RATE, 1.0
@@ -94,20 +96,20 @@ class Scheduler:
         """
         pixels = sum(job.pixels for job in jobs)
         entries = [_Entry(job, float("inf") if deadline is None else deadline) for job in jobs]
-        with self._changed:
+        with self._lock:
             self._admit(pixels)
             self._counters.created += len(entries)
             self._counters.queued += len(entries)
             self._counters.pixels_in_flight += pixels
             self._queue.extend(entries)
-            self._changed.notify(len(entries))
+            self._arrived.notify(len(entries))
         for entry in entries:
             entry.future.add_done_callback(partial(self._drop_if_cancelled, entry))
         return [entry.future for entry in entries]
 
     def counters(self) -> Counters:
         """A consistent copy of the counts at this moment."""
-        with self._changed:
+        with self._lock:
             return replace(self._counters)
 
     def healthy(self) -> bool:
@@ -116,16 +118,16 @@ class Scheduler:
 
     def drain(self, grace: float) -> bool:
         """Refuse new jobs and wait up to `grace` seconds for those in flight; returns whether all are done."""
-        with self._changed:
+        with self._lock:
             self._draining = True
-            return self._changed.wait_for(lambda: not self._counters.queued and not self._counters.running, grace)
+            return self._emptied.wait_for(self._is_empty, grace)
 
     def close(self) -> None:
         """Cancel what is queued and end the workers once they finish what they run."""
-        with self._changed:
+        with self._lock:
             self._draining = self._closed = True
             waiting = [entry.future for entry in self._queue]
-            self._changed.notify_all()
+            self._arrived.notify_all()
         for future in waiting:
             future.cancel()
         for thread in self._threads:
@@ -153,54 +155,58 @@ class Scheduler:
     def _drop_if_cancelled(self, entry: _Entry, future: Future[Any]) -> None:
         if not future.cancelled():
             return
-        with self._changed:
+        with self._lock:
             if entry in self._queue:  # otherwise a worker has just taken it, and finds it cancelled
                 self._queue.remove(entry)
                 self._counters.queued -= 1
                 self._end(entry, "cancelled")
 
     def _serve(self) -> None:
-        while (entry := self._take()) is not None:
-            outcome, deliver = self._run(entry)
-            with self._changed:
+        while (taken := self._take()) is not None:
+            entry, alone = taken
+            started = time.monotonic()
+            outcome, deliver = self._run(entry, Turn(started - entry.entered, alone), started)
+            with self._lock:
                 self._counters.running -= 1
+                if outcome == "finished":
+                    self._timed_pixels = _MEMORY * self._timed_pixels + entry.job.pixels
+                    self._timed_seconds = _MEMORY * self._timed_seconds + time.monotonic() - started
                 self._end(entry, outcome)
             deliver()  # after the counting, so that whoever has an answer finds it counted
-            del entry, deliver  # an idle worker must not keep the last image alive
+            del taken, entry, deliver  # an idle worker must not keep the last image alive
 
-    def _take(self) -> _Entry | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if not self._queue:
-                return None
+    def _take(self) -> tuple[_Entry, bool] | None:
+        """The next job, and whether it has the machine to itself; None when there will be no more."""
+        with self._lock:
+            while not self._queue:
+                if self._closed:
+                    return None
+                self._arrived.wait()
             entry = self._queue.popleft()
             self._counters.queued -= 1
             self._counters.running += 1
-            return entry
+            return entry, self._counters.running == 1 and not self._queue
 
-    def _run(self, entry: _Entry) -> tuple[str, Callable[[], None]]:
+    def _run(self, entry: _Entry, turn: Turn, now: float) -> tuple[str, Callable[[], None]]:
         """The outcome, and what tells the future of it."""
         if not entry.future.set_running_or_notify_cancel():
             return "cancelled", lambda: None
-        started = time.monotonic()
-        if started >= entry.deadline:
+        if now >= entry.deadline:
             late = DeadlinePassed("the deadline passed while the image was queued")
             return "expired", partial(entry.future.set_exception, late)
-        with self._changed:
-            alone = self._counters.running == 1 and not self._queue
         try:
-            result = entry.job.work(Turn(started - entry.entered, alone))
+            return "finished", partial(entry.future.set_result, entry.job.work(turn))
         except BaseException as error:  # whatever it is, it is the caller's: the worker goes on
             return "failed", partial(entry.future.set_exception, error)
-        with self._changed:
-            self._timed_pixels = _MEMORY * self._timed_pixels + entry.job.pixels
-            self._timed_seconds = _MEMORY * self._timed_seconds + time.monotonic() - started
-        return "finished", partial(entry.future.set_result, result)
 
     def _end(self, entry: _Entry, outcome: str) -> None:
         setattr(self._counters, outcome, getattr(self._counters, outcome) + 1)
         self._counters.pixels_in_flight -= entry.job.pixels
-        self._changed.notify_all()
+        if self._is_empty():
+            self._emptied.notify_all()
+
+    def _is_empty(self) -> bool:
+        return not self._counters.queued and not self._counters.running
 
 
 def _megapixels(pixels: int) -> str:

@@ -50,7 +50,7 @@ def to_srgb(image: pyvips.Image) -> pyvips.Image:
         image = _call("flatten", image, background=white, max_alpha=max_alpha)
     if image.get_typeof(_PROFILE):
         profile = image.get(_PROFILE)
-        if space != "srgb" or len(profile) > _MAX_PROBED_BYTES or not _is_srgb(profile):
+        if space != "srgb" or not is_srgb(profile):
             try:
                 return _apply_profile(image)
             except VIPS_ERRORS:
@@ -70,12 +70,17 @@ def to_pixels(image: pyvips.Image) -> Pixels:
     return np.ndarray((image.height, image.width, 3), np.uint8, image.write_to_memory())
 
 
+def is_srgb(profile: bytes) -> bool:
+    """Whether an RGB image's ICC profile says no more than sRGB, so that its pixels stay as they are."""
+    return len(profile) <= _MAX_PROBED_BYTES and _moves_nothing(profile)
+
+
 def _apply_profile(image: pyvips.Image) -> pyvips.Image:
     return _call("icc_transform", image, "srgb", embedded=True, intent="relative", depth=8)
 
 
 @lru_cache(maxsize=64)
-def _is_srgb(profile: bytes) -> bool:
+def _moves_nothing(profile: bytes) -> bool:
     """Whether an RGB profile moves no colour of a 9x9x9 lattice by more than 1 of 255.
 
     Many photographs carry some sRGB profile: so they keep their exact values, and cost no transform.

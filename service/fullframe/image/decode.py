@@ -7,7 +7,8 @@ import pyvips
 
 from fullframe.errors import InvalidInput
 from fullframe.image import formats
-from fullframe.image.colour import Pixels, check_colour, to_pixels, to_srgb
+from fullframe.image.colour import Pixels, check_colour, is_srgb, to_pixels, to_srgb
+from fullframe.image.jpeg import PlainHeader, decode_plain, read_plain
 from fullframe.image.limits import Limits, listed, refused
 
 
@@ -28,8 +29,8 @@ class Picture(Protocol):
         ...
 
 
-class EncodedPicture:
-    """A file whose header is read and within limits."""
+class VipsPicture:
+    """A file whose header libvips has read, within limits."""
 
     def __init__(self, data: bytes, format: str, image: pyvips.Image) -> None:
         self.format = format
@@ -58,7 +59,29 @@ class EncodedPicture:
             return formats.open_vips(self._data, self.format)
 
 
-def open_encoded(data: bytes, limits: Limits) -> EncodedPicture:
+class PlainJpeg:
+    """A plain JPEG within limits; libvips has the last word on one that has a fault or other colours than sRGB."""
+
+    format = "jpeg"
+
+    def __init__(self, data: bytes, header: PlainHeader, limits: Limits) -> None:
+        self.height, self.width, self._profile = header
+        self._data, self._limits = data, limits
+
+    def pixels(self) -> Pixels:
+        """uint8 [height, width, 3], sRGB; decodes anew at each call, safe from any thread.
+
+        Raises:
+            InvalidInput: the data ends early or is damaged.
+        """
+        if not self._profile or is_srgb(self._profile):
+            pixels = decode_plain(self._data, self.height, self.width)
+            if pixels is not None:
+                return pixels
+        return _open_with_vips(self._data, self.format, self._limits).pixels()
+
+
+def open_encoded(data: bytes, limits: Limits) -> Picture:
     """Recognise a file, read its header and hold it against limits; no pixel is decoded.
 
     Raises:
@@ -66,6 +89,14 @@ def open_encoded(data: bytes, limits: Limits) -> EncodedPicture:
     """
     limits.check_bytes(len(data))
     format = _allowed_format(data, limits)
+    header = read_plain(data) if format == "jpeg" else None
+    if header is None:
+        return _open_with_vips(data, format, limits)
+    limits.check_size(header.height, header.width)
+    return PlainJpeg(data, header, limits)
+
+
+def _open_with_vips(data: bytes, format: str, limits: Limits) -> VipsPicture:
     try:
         image = formats.open_vips(data, format)
         frames = image.get("n-pages") if image.get_typeof("n-pages") else 1
@@ -74,7 +105,7 @@ def open_encoded(data: bytes, limits: Limits) -> EncodedPicture:
     limits.check_size(image.height, image.width)
     limits.check_frames(frames)
     check_colour(image)
-    return EncodedPicture(data, format, image)
+    return VipsPicture(data, format, image)
 
 
 def _decode(image: pyvips.Image) -> Pixels:
@@ -93,13 +124,11 @@ def encode_png(pixels: Pixels) -> bytes:
 
 
 def _allowed_format(data: bytes, limits: Limits) -> str:
-    allowed = f"supported are {listed(limits.formats)}"
-    if not data:
-        raise refused(f"the image is empty (0 bytes); {allowed}")
     format = formats.sniff(data)
-    if format not in limits.formats:
-        raise refused(f"this is {format or 'no known image format'}; {allowed}")
-    return format
+    if format in limits.formats:
+        return format
+    what = f"this is {format or 'no known image format'}" if data else "the image is empty (0 bytes)"
+    raise refused(f"{what}; supported are {listed(limits.formats)}")
 
 
 def _unreadable(format: str) -> InvalidInput:

@@ -152,6 +152,8 @@ class Server:
     async def stop(self, hurry: asyncio.Event) -> bool:
         """Say NOT_SERVING, wait for balancers, refuse new calls, let those in flight end, then end the workers.
 
+        What has reached gRPC's core alone by then, it ends as CANCELLED before any of this code hears of it.
+
         Args:
             hurry: once set, nothing is waited for.
 

@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -149,7 +150,11 @@ class VisionServicer:
         Args:
             patient: wait for room in the engine's queue instead of raising Overloaded.
         """
-        opened = await _results([self._open(image) for image in images])
+        begun = [self._open(image) for image in images]
+        reading = [item for item in begun if isinstance(item, Future)]
+        read = await _results(reading)
+        late = iter(read)
+        opened = [next(late) if isinstance(item, Future) else item for item in begun]
         pictures = [picture for picture in opened if not isinstance(picture, BaseException)]
         submit = partial(self._plane.submit, model, pictures, query, call.deadline)
         futures = await _when_room(submit, call.deadline) if patient else submit()
@@ -164,20 +169,18 @@ class VisionServicer:
             call.count(model.name, outcome)
         return outcomes
 
-    def _open(self, image: pb.Image) -> Future[Picture]:
+    def _open(self, image: pb.Image) -> Picture | Future[Picture] | InvalidInput:
         try:
             return self._plane.open(messages.source_of(image))
         except InvalidInput as error:
-            failed: Future[Picture] = Future()
-            failed.set_exception(error)
-            return failed
+            return error
 
     def _sendable(self, results: Sequence[Answer | BaseException]) -> list[Outcome]:
         """Errors as statuses, as are answers that would make the response longer than a message may be."""
         room = int(self._settings.max_message_bytes)
         outcomes: list[Outcome] = []
         for result in results:
-            if isinstance(result, asyncio.CancelledError):  # by the engine: the caller's own would have ended us
+            if isinstance(result, CancelledError):  # by the engine
                 result = Unavailable("shutting down: ask another server, or this one later")
             elif isinstance(result, Answer) and (size := messages.answer_bytes(result)) > room:
                 result = InvalidInput(
@@ -216,24 +219,38 @@ class VisionServicer:
 async def _results(futures: Sequence[Future[T]]) -> list[T | BaseException]:
     """What became of each; cancelling this cancels them all.
 
-    Plain awaiting: asyncio.gather would take the event loop several turns more for each request.
+    Awaited one by one: asyncio.gather would take the event loop several turns more for each request.
     """
     results: list[T | BaseException] = []
     try:
         for future in futures:
+            if not future.done():
+                await _settled(future)
             try:
-                result: T = future.result() if future.done() else await asyncio.wrap_future(future)
-                results.append(result)
-            except asyncio.CancelledError as error:
-                if (task := asyncio.current_task()) and task.cancelling():
-                    raise
-                results.append(error)
+                results.append(future.result())
             except Exception as error:  # each is one image's, and becomes its status
                 results.append(error)
     finally:
         for future in futures:
             future.cancel()
     return results
+
+
+async def _settled(future: Future[Any]) -> None:
+    """Until another thread has settled `future`: asyncio.wrap_future without the copy of its result."""
+    loop = asyncio.get_running_loop()
+    settled = loop.create_future()
+
+    def wake() -> None:
+        if not settled.done():  # nobody waits any more
+            settled.set_result(None)
+
+    def tell(_: object) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(wake)
+
+    future.add_done_callback(tell)
+    await settled
 
 
 async def _when_room(action: Callable[[], T], deadline: float | None) -> T:
