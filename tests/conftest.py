@@ -1,6 +1,9 @@
 """What every room's tests may share: a small contract model, and one server that serves it."""
 
+import os
+import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,10 @@ import pytest
 
 from tests.models import write_model
 from tests.serving import Running, serving
+
+# Triton reads it when it is imported: kernels run on the CPU, in its interpreter, unless a GPU is asked for.
+if not re.search(r"(?<!not )\bgpu\b", " ".join([os.environ.get("PYTEST_ADDOPTS", ""), *sys.argv])):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that the tests start from one.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,8 +16,8 @@ from PIL import Image
 from fullframe import Client
 from fullframe.engine.query import Answer
 from fullframe.learn import export
-from fullframe.learn.nets import Net, NetConfig
-from fullframe.learn.recipe import Recipe
+from fullframe.learn.nets import Net
+from fullframe.learn.settings import NetConfig, Recipe
 from tests.pictures import Pixels, encode, pixels
 from tests.serving import Running, serving
 

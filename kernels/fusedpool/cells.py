@@ -1,0 +1,397 @@
+"""Pooling over windows of one shape, whatever places them: the kernels and their launch.
+
+Both memory formats are one tile of [rows, columns]: channels_last puts pixels on rows and channels on columns, NCHW
+puts (image, channel, line) on rows and the line's pixels on columns, so that columns are always contiguous.
+
+Bytes per input element of size s, for a window of k x k at stride d (output share r = 1 / d^2): forward s + r s, and r
+more for a winner; backward s + r s + r, and s more where the gradient depends on the input.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedpool import operators, runtime
+from fusedpool._triton import tl, triton
+from fusedpool.arguments import Window
+from fusedpool.kinds import KINDS, combine, exponential, finish, finish_aux, gradient, identity, lift
+from fusedpool.operators import Outputs
+from fusedpool.prologue import activate, activate_derivative, load_affine
+
+# A new image size must not compile anything: only channels, types and the window are compiled in.
+_SIZES: Final = ["ROWS", "H", "W", "OH", "OW", "x_n", "x_c", "x_h", "x_w", "g_n", "g_c", "g_h", "g_w"]
+
+
+@triton.jit
+def _start(o, starts, mask, TABLE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr):
+    """The first row (or column) of output o's window; may lie in the padding."""
+    if TABLE:
+        return tl.load(starts + o, mask, 0)
+    return o * STRIDE - PADDING
+
+
+@triton.jit
+def _count(start, end, KERNEL: tl.constexpr, DILATION: tl.constexpr):
+    """How many of a window's rows (or columns) start, start + dilation... lie in [0, end)."""
+    first = (tl.maximum(-start, 0) + DILATION - 1) // DILATION
+    last = tl.minimum((tl.maximum(end - start, 0) + DILATION - 1) // DILATION, KERNEL)
+    return tl.maximum(last - first, 0)
+
+
+@triton.jit
+def _divisor(
+    top, left, H, W, KIND: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What the sum over a window is divided by: ATen's avg_pool2d for avg and mixed, else the cells inside the map."""
+    if (DIVISOR != 0) & ((KIND == "avg") | (KIND == "mixed")):
+        return (top * 0 + left * 0 + DIVISOR).to(ACC)
+    if INCLUDE_PAD & ((KIND == "avg") | (KIND == "mixed")):
+        rows = tl.minimum((H + PH - top + DH - 1) // DH, KH)
+        columns = tl.minimum((W + PW - left + DW - 1) // DW, KW)
+        return (rows * columns).to(ACC)
+    return (_count(top, H, KH, DH) * _count(left, W, KW, DW)).to(ACC)
+
+
+@triton.jit
+def _tile(ROWS, C, OH, OW, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """(n, c, h, w) of this program's tile, each [BR, 1] or [1, BC]; their place in a dense map; which exist."""
+    columns = C if CHANNELS_LAST else OW
+    blocks = tl.cdiv(columns, BC)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    row = (program // blocks) * BR + tl.arange(0, BR)[:, None]
+    column = (program % blocks) * BC + tl.arange(0, BC)[None, :]
+    if CHANNELS_LAST:
+        n, c, h, w = row // OW // OH, column, row // OW % OH, row % OW
+    else:
+        n, c, h, w = row // OH // C, row // OH % C, row % OH, column
+    return n, c, h, w, row * columns + column, (row < ROWS) & (column < columns)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _forward(
+    x, scale, shift, param, seed, top_table, left_table,
+    y, winner, aux, index,
+    ROWS, C, H, W, OH, OW, x_n, x_c, x_h, x_w, x_inner, p,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_PARAM: tl.constexpr, TABLE: tl.constexpr, SAVE_WINNER: tl.constexpr, SAVE_AUX: tl.constexpr,
+    SAVE_INDEX: tl.constexpr, SENTINEL: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """x [N, C, H, W] of any strides (those of rows given / ALIGN) -> y, winner, aux, index, dense [N, C, OH, OW].
+
+    y = finish(combine of lift(activation(scale x + shift)) over the window); see kinds.py. winner is the window's tap
+    i * KW + j in row-major order; index is that tap's place in the map, as in torch.nn.functional.max_pool2d.
+    """
+    n, c, oh, ow, out, inside = _tile(ROWS, C, OH, OW, CHANNELS_LAST, WIDE, BR, BC)
+    top = _start(oh, top_table, oh < OH, TABLE, SH, PH)
+    left = _start(ow, left_table, ow < OW, TABLE, SW, PW)
+    s, t = load_affine(scale, shift, c, c < C, HAS_SCALE, HAS_SHIFT, ACC)
+    if HAS_PARAM:
+        p = tl.load(param)
+    p = tl.cast(p, ACC)
+    like = tl.zeros((BR, BC), ACC)
+    a, b, k, i = identity(like, KIND)
+    counter = ((n.to(tl.int64) * C + c) * OH + oh) * OW + ow
+    base = (n * x_n if CHANNELS_LAST else n * x_n + c * x_c) * ALIGN
+    if UNROLL:
+        for tap in tl.static_range(KH * KW):
+            a, b, k, i = _take(
+                a, b, k, i, tap, top + (tap // KW) * DH, left + (tap % KW) * DW, base, x, c, s, t, inside, counter,
+                seed, p, H, W, x_h, x_w, x_inner, KIND, ACTIVATION, CHANNELS_LAST, ALIGN, ACC,
+            )  # fmt: skip
+    else:
+        for tap in range(KH * KW):
+            a, b, k, i = _take(
+                a, b, k, i, tap, top + (tap // KW) * DH, left + (tap % KW) * DW, base, x, c, s, t, inside, counter,
+                seed, p, H, W, x_h, x_w, x_inner, KIND, ACTIVATION, CHANNELS_LAST, ALIGN, ACC,
+            )  # fmt: skip
+    divisor = _divisor(top, left, H, W, KIND, KH, KW, PH, PW, DH, DW, INCLUDE_PAD, DIVISOR, ACC)
+    value = finish(a, b, k, divisor, p, KIND)
+    tl.store(y + out, value.to(y.dtype.element_ty), inside)
+    if SAVE_WINNER:
+        kept = i
+        if (ACTIVATION == "relu") & (KIND != "mixed"):  # operators.masked
+            kept = tl.where(value <= 0, -1, i)
+        tl.store(winner + out, tl.where(kept < 0, SENTINEL, kept).to(winner.dtype.element_ty), inside)
+    if SAVE_AUX:
+        tl.store(aux + out, finish_aux(a, b, k, divisor, p, value, KIND), inside)
+    if SAVE_INDEX:
+        place = (top + (i // KW) * DH).to(tl.int64) * W + left + (i % KW) * DW
+        tl.store(index + out, tl.where(i < 0, -1, place), inside)
+
+
+@triton.jit
+def _take(
+    a, b, k, i, tap, h, w, base, x, c, s, t, inside, counter, seed, p, H, W, x_h, x_w, x_inner,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The state with the tap at (h, w) of every window combined into it."""
+    valid = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    inner = w * x_w * ALIGN + c * x_inner if CHANNELS_LAST else w * x_inner
+    offset = base + h * x_h * ALIGN + inner
+    v = activate(tl.load(x + offset, valid, 0.0).to(ACC) * s + t, ACTIVATION)
+    position = tl.where(valid, tap, -1)
+    e = v
+    if KIND == "stochastic":
+        e = exponential(tl.load(seed), counter >> 32, counter & 0xFFFFFFFF, tl.zeros_like(counter) + tap).to(ACC)
+    a2, b2, k2 = lift(v, valid, p, e, KIND)
+    return combine(a, b, k, i, a2, b2, k2, position, KIND, True)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _backward(
+    g, x, y, winner, aux, scale, shift, param, top_table, left_table, first_h, first_w, dx, partials,
+    mean, offset, slope,
+    ROWS, C, H, W, OH, OW, x_n, x_c, x_h, x_w, x_inner, g_n, g_c, g_h, g_w, g_inner, p,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_PARAM: tl.constexpr, TABLE: tl.constexpr, HAS_X: tl.constexpr, HAS_Y: tl.constexpr, HAS_WINNER: tl.constexpr,
+    HAS_AUX: tl.constexpr, AFFINE_GRADIENT: tl.constexpr, NORM: tl.constexpr, SENTINEL: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, ACC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+):  # fmt: skip
+    """g [N, C, OH, OW] of any strides, saved tensors dense -> dx dense [N, C, H, W], a gather: no atomics.
+
+    Each input element sums gradient() over the at most TH * TW windows that it lies in. With AFFINE_GRADIENT, each tile
+    leaves its sums of the gradients by scale and by shift in partials: [2, row blocks, C] for channels_last, else
+    [2, ROWS, column blocks]. NORM: see Norm.
+    """
+    n, c, h, w, place, inside = _tile(ROWS, C, H, W, CHANNELS_LAST, WIDE, BR, BC)
+    s, t = load_affine(scale, shift, c, c < C, HAS_SCALE, HAS_SHIFT, ACC)
+    if HAS_PARAM:
+        p = tl.load(param)
+    p = tl.cast(p, ACC)
+    raw = tl.zeros((BR, BC), ACC)
+    if HAS_X:
+        if CHANNELS_LAST:
+            raw = tl.load(x + (n * x_n + h * x_h + w * x_w) * ALIGN + c * x_inner, inside, 0.0).to(ACC)
+        else:
+            raw = tl.load(x + (n * x_n + c * x_c + h * x_h) * ALIGN + w * x_inner, inside, 0.0).to(ACC)
+    u = raw * s + t
+    v = activate(u, ACTIVATION)
+    if NORM != "":
+        raw -= tl.load(mean + c, c < C, 0.0)
+    if TABLE:
+        oh0, ow0 = tl.load(first_h + h, h < H, 0), tl.load(first_w + w, w < W, 0)
+    else:
+        oh0 = (tl.maximum(h + PH - (KH - 1) * DH, 0) + SH - 1) // SH
+        ow0 = (tl.maximum(w + PW - (KW - 1) * DW, 0) + SW - 1) // SW
+    dv = tl.zeros((BR, BC), ACC)
+    for step in range(TH * TW):
+        oh, ow = oh0 + step // TW, ow0 + step % TW
+        top = _start(oh, top_table, oh < OH, TABLE, SH, PH)
+        left = _start(ow, left_table, ow < OW, TABLE, SW, PW)
+        i, j = (h - top) // DH, (w - left) // DW
+        rows = (h >= top) & (i < KH) & (i * DH == h - top) & (oh < OH)
+        covered = inside & rows & (w >= left) & (j < KW) & (j * DW == w - left) & (ow < OW)
+        if CHANNELS_LAST:
+            saved = ((n * OH + oh) * OW + ow) * C + c
+            incoming = (n * g_n + oh * g_h + ow * g_w) * G_ALIGN + c * g_inner
+        else:
+            saved = ((n * C + c) * OH + oh) * OW + ow
+            incoming = (n * g_n + c * g_c + oh * g_h) * G_ALIGN + ow * g_inner
+        gy = tl.load(g + incoming, covered, 0.0).to(ACC)
+        won = covered
+        if HAS_WINNER:
+            kept = tl.load(winner + saved, covered, SENTINEL).to(tl.int32)
+            won = covered & (kept == i * KW + j)
+        value, extra = gy, gy
+        if HAS_Y:
+            value = tl.load(y + saved, covered, 1.0).to(ACC)
+        if HAS_AUX:
+            extra = tl.load(aux + saved, covered, 1.0).to(ACC)
+        divisor = _divisor(top, left, H, W, KIND, KH, KW, PH, PW, DH, DW, INCLUDE_PAD, DIVISOR, ACC)
+        dv += tl.where(covered, gradient(gy, v, value, extra, won, tl.where(covered, divisor, 1.0), p, KIND), 0.0)
+    du = dv
+    if HAS_X:
+        du = dv * activate_derivative(u, ACTIVATION)
+    if NORM != "sums":
+        result = du * s
+        if NORM == "dx":
+            result -= tl.load(offset + c, c < C, 0.0) + tl.load(slope + c, c < C, 0.0) * raw
+        tl.store(dx + place, result.to(dx.dtype.element_ty), inside)
+    if AFFINE_GRADIENT:
+        _store_affine(
+            partials, tl.where(inside, du * raw, 0.0), tl.where(inside, du, 0.0), ROWS, C, W, CHANNELS_LAST, BR, BC
+        )
+
+
+@triton.jit
+def _store_affine(
+    partials, by_scale, by_shift, ROWS, C, W, CHANNELS_LAST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A tile's share of the gradients by scale and shift, where no other program writes."""
+    blocks = tl.cdiv(C if CHANNELS_LAST else W, BC)
+    line = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    if CHANNELS_LAST:
+        column = block * BC + tl.arange(0, BC)
+        place, inside, second = line * C + column, column < C, tl.cdiv(ROWS, BR).to(tl.int64) * C
+        tl.store(partials + place, tl.sum(by_scale, 0), inside)
+        tl.store(partials + second + place, tl.sum(by_shift, 0), inside)
+    else:
+        row = line * BR + tl.arange(0, BR)
+        place, inside, second = row * blocks + block, row < ROWS, tl.cast(ROWS, tl.int64) * blocks
+        tl.store(partials + place, tl.sum(by_scale, 1), inside)
+        tl.store(partials + second + place, tl.sum(by_shift, 1), inside)
+
+
+class Norm(NamedTuple):
+    """What the gradient through training-mode batch normalisation adds to `launch_backward`; each is [C].
+
+    The gradient by scale is that by the factor of x - mean. Without offset and slope, dx is not computed; with them, it
+    is all that is, and offset + slope (x - mean) is taken from it.
+    """
+
+    mean: Tensor
+    offset: Tensor | None = None
+    slope: Tensor | None = None
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer is needed even where none is followed."""
+    return other if tensor is None else tensor
+
+
+def _has(**tensors: Tensor | None) -> dict[str, bool]:
+    return {f"HAS_{name.upper()}": tensor is not None for name, tensor in tensors.items()}
+
+
+def _constants(window: Window) -> dict[str, int]:
+    w = window
+    return {
+        **{"KH": w.kernel_h, "KW": w.kernel_w, "SH": w.stride_h, "SW": w.stride_w, "PH": w.padding_h},
+        **{"PW": w.padding_w, "DH": w.dilation_h, "DW": w.dilation_w},
+        **{"INCLUDE_PAD": w.count_include_pad, "DIVISOR": w.divisor},
+    }
+
+
+def launch_forward(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    param: Tensor | None,
+    seed: Tensor | None,
+    tables: Sequence[Tensor],
+    window: Window,
+    size: tuple[int, int],
+    kind: str,
+    p: float,
+    activation: str,
+    save: bool,
+    indices: bool,
+) -> Outputs:
+    """y, winner, aux, index of maps x, each dense [N, C, *size]; those not wanted are empty.
+
+    Args:
+        tables: int32 [OH] and [OW], where each window starts, instead of the window's strides and padding; or none.
+    """
+    y, winner, aux, index = outputs = operators.empty_outputs(x, size, window.taps, kind, save, indices)
+    acc = runtime.accumulator(x)
+    if acc is torch.float64 and param is None:
+        param = x.new_tensor(p)  # numbers reach a kernel as float32
+    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    tile = runtime.Tile.over(x, *size)
+    strides = runtime.Strides.of(x)
+    top, left = tables or (y, y)
+    tile.launch(
+        _forward,
+        *(x, _or(scale, x), _or(shift, x), _or(param, x), _or(seed, x), top, left, y, winner, aux, index),
+        *(tile.rows, x.shape[1], x.shape[2], x.shape[3], *size, *strides.outer, strides.inner, p),
+        KIND=kind,
+        ACTIVATION=activation,
+        **_has(scale=scale, shift=shift, param=param),
+        TABLE=bool(tables),
+        SAVE_WINNER=winner.dim() == 4,
+        SAVE_AUX=aux.dim() == 4,
+        SAVE_INDEX=indices,
+        SENTINEL=operators.sentinel(winner),
+        **_constants(window),
+        WIDE=runtime.wide(x, y),
+        ALIGN=strides.align,
+        ACC=runtime.triton_type(acc),
+        UNROLL=window.taps <= 25 and kind != "stochastic",
+    )
+    return outputs
+
+
+def launch_backward(
+    g: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    winner: Tensor,
+    aux: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    param: Tensor | None,
+    tables: Sequence[Tensor],
+    window: Window,
+    overlap: tuple[int, int],
+    size: Sequence[int],
+    last: bool,
+    kind: str,
+    p: float,
+    activation: str,
+    norm: Norm | None = None,
+) -> Outputs:
+    """Gradients by x [N, C, *size], dense, channels_last or not, and by scale, shift and param; see `_backward`.
+
+    Args:
+        tables: those of launch_forward, and int32 [H] and [W]: the first window that each row or column lies in.
+        overlap: the most windows that a row, and a column, can lie in.
+    """
+    known, acc = KINDS[kind], runtime.accumulator(g)
+    outputs = operators.empty_gradients(g, scale, shift, param, size, last)
+    dx, dscale, dshift, dparam = outputs
+    mode = "" if norm is None else "sums" if norm.offset is None else "dx"
+    affine = mode != "dx" and (scale is not None or shift is not None)
+    if mode != "sums" and param is not None and known.learnable:
+        dparam.copy_((g.to(acc) * aux).sum().view(param.shape))
+    if acc is torch.float64 and param is None:
+        param = g.new_tensor(p)
+    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    winner, aux = runtime.dense(winner, last), runtime.dense(aux, last)
+    y = None if y is None else runtime.dense(y, last)
+    tile = runtime.Tile.over(dx, size[0], size[1], last)
+    partials = g.new_empty((2, *tile.partials) if affine else 0, dtype=acc)
+    x_strides, g_strides = runtime.Strides.of(dx if x is None else x, tile.last), runtime.Strides.of(g, tile.last)
+    top, left, first_h, first_w = tables or (dx,) * 4
+    tile.launch(
+        _backward,
+        *(g, _or(x, g), _or(y, g), winner, aux, _or(scale, g), _or(shift, g), _or(param, g)),
+        *(top, left, first_h, first_w, dx, partials, *(_or(t, g) for t in norm or (None,) * 3)),
+        *(tile.rows, g.shape[1], *size, g.shape[2], g.shape[3], *x_strides.outer, x_strides.inner),
+        *(*g_strides.outer, g_strides.inner, p),
+        KIND=kind,
+        ACTIVATION=activation,
+        **_has(scale=scale, shift=shift, param=param, x=x, y=y),
+        TABLE=bool(tables),
+        HAS_WINNER=known.winner,
+        HAS_AUX=known.aux and not known.learnable,
+        AFFINE_GRADIENT=affine,
+        NORM=mode,
+        SENTINEL=operators.sentinel(winner),
+        **_constants(window),
+        WIDE=runtime.wide(dx, g, x, y, winner, aux),
+        ALIGN=x_strides.align,
+        G_ALIGN=g_strides.align,
+        ACC=runtime.triton_type(acc),
+        TH=overlap[0],
+        TW=overlap[1],
+    )
+    if affine:
+        by_scale, by_shift = tile.per_channel(partials)
+        if scale is not None:
+            dscale.copy_(by_scale)
+        if shift is not None:
+            dshift.copy_(by_shift)
+    return outputs

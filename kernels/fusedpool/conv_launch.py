@@ -1,0 +1,209 @@
+"""The launch of conv_kernels: how tensors are cut into tiles, and how many programs share what is left to sum."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fusedpool import conv_kernels, runtime
+from fusedpool._triton import tl
+from fusedpool.kinds import KINDS
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """Tiles of block_pixels x block_outputs; input channels in steps of block_steps, of block_inputs for gradients.
+
+    A function of channels, type and pixels alone: an image's answer must not depend on the batch that it came in.
+    Limits are what compiles without keeping registers in memory.
+    """
+
+    pixels: int
+    block_pixels: int
+    block_outputs: int
+    block_steps: int
+    block_inputs: int
+
+    @classmethod
+    def of(cls, x: Tensor, outputs: int, most: tuple[int, int]) -> Self:
+        """most: pixels and outputs of a tile."""
+        pixels, inputs = x.shape[2] * x.shape[3], x.shape[1]
+        # Input channels that one block may hold at most, and a step where none does.
+        whole, step = {8: (32, 16), 4: (32, 32), 2: (128, 64)}[x.element_size()]
+        if inputs <= whole:
+            step = whole = _power(inputs, whole)
+        return cls(pixels, _power(pixels, most[0]), _power(outputs, most[1]), step, min(whole, 2 * step))
+
+    @classmethod
+    def forward(cls, x: Tensor, outputs: int, whole: bool) -> Self:
+        """whole: a state is more than one number."""
+        return cls.of(x, outputs, {8: (32, 32), 4: (64, 64), 2: (64, 64 if whole else 128)}[x.element_size()])
+
+    @classmethod
+    def backward(cls, x: Tensor, outputs: int) -> Self:
+        return cls.of(
+            x, outputs, {8: (32, 32), 4: (32, 64), 2: (64, 32 if torch.version.hip else 64)}[x.element_size()]
+        )
+
+    @property
+    def tiles(self) -> int:
+        """Of an image."""
+        return runtime.cdiv(self.pixels, self.block_pixels)
+
+    def constants(self) -> dict[str, int]:
+        return {
+            "BP": self.block_pixels,
+            "BC": self.block_outputs,
+            "BK": self.block_steps,
+            "BI": self.block_inputs,
+        }
+
+
+def _power(size: int, most: int) -> int:
+    """The power of two that holds size, from 16, the least of a matrix product, to most."""
+    return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+def _map(x: Tensor, weight: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments, and constants, that say where x [N, Cin, H, W] and weight [Cout, Cin] lie and what they hold."""
+    n, c, h, w = x.stride()
+    height, width = x.shape[2:]
+    last = runtime.channels_last(x)
+    flat = height == 1 or h == w * width
+    outer = (n, h, w) if last else (n, c) if flat else (n, c, h)
+    align = runtime.alignment(outer if last else (*outer, height * width))
+    acc = runtime.accumulator(x)
+    # The interpreter's numpy has no bfloat16.
+    operand = torch.float32 if runtime.INTERPRETED and x.dtype is torch.bfloat16 else x.dtype
+    places = {
+        "PIXELS": height * width // (1 if last else align),
+        "W": width,
+        "x_n": n // align,
+        "x_c": c // align,
+        "x_h": h // align,
+        "x_w": w // align,
+        "x_inner": c if last else w,
+        "w_o": weight.stride(0),
+        "w_i": weight.stride(1),
+    }
+    constants = {
+        "CIN": x.shape[1],
+        "COUT": weight.shape[0],
+        "CHANNELS_LAST": last,
+        "FLAT": flat,
+        "WIDE": runtime.wide(x) or x.numel() >= 2**31,
+        "ALIGN": align,
+        "P_ALIGN": 1 if last else align,
+        "ACC": runtime.triton_type(acc),
+        "OPERAND": getattr(tl, str(operand).removeprefix("torch.")),
+    }
+    return places, constants
+
+
+def launch_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    param: Tensor | None,
+    kind: str,
+    p: float,
+    activation: str,
+    y: Tensor,
+    winner: Tensor,
+    saved: Tensor,
+) -> None:
+    """Fill y, winner and saved, see conv_kernels.merge; the latter two may be empty."""
+    whole = kind not in ("avg", "sum")
+    n, outputs = y.shape
+    tiling = _Tiling.forward(x, outputs, whole)
+    splits = min(runtime.cdiv(tiling.tiles, 8), 256)
+    per = runtime.cdiv(tiling.tiles, splits)
+    splits = runtime.cdiv(tiling.tiles, per)
+    parts = x.new_empty((3 if whole else 1, n, splits, outputs), dtype=runtime.accumulator(x))
+    positions = parts.new_empty((n, splits, outputs) if whole else 0, dtype=torch.int32)
+    states = (parts[0], parts[-2] if whole else parts[0], parts[-1], positions)
+    blocks = runtime.cdiv(outputs, tiling.block_outputs)
+    places, constants = _map(x, weight)
+    shared = {"KIND": kind, "ACTIVATION": activation, "HAS_PARAM": param is not None, "WHOLE": whole}
+    conv_kernels.forward[(n * splits * blocks,)](
+        *(x, weight, x if bias is None else bias, x if param is None else param, *states),
+        **places,
+        SPLITS=splits,
+        PER=per,
+        p=p,
+        **shared,
+        HAS_BIAS=bias is not None,
+        **constants,
+        **tiling.constants(),
+        num_warps=4,
+    )
+    conv_kernels.merge[(runtime.cdiv(n * outputs, 128),)](
+        *(*states, x if param is None else param, y, winner, saved, n, tiling.pixels, splits, p),
+        **shared,
+        SAVE_WINNER=winner.dim() == 2,
+        SAVE=saved.dim() == 3,
+        COUT=outputs,
+        ACC=constants["ACC"],
+        B=128,
+        num_warps=4,
+    )
+
+
+def launch_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    param: Tensor | None,
+    winner: Tensor,
+    saved: Tensor,
+    kind: str,
+    p: float,
+    activation: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients by x, dense and laid out like it, and, in the accumulator's dtype, by weight and by a bias.
+
+    Args:
+        wanted: whether the first is, and whether the others are.
+    """
+    (n, inputs), outputs = x.shape[:2], weight.shape[0]
+    tiling = _Tiling.backward(x, outputs)
+    if activation == "relu" and kind in ("max", "min"):
+        activation = "none"  # its mask is in the winner
+    places, constants = _map(x, weight)
+    tensors = (g.contiguous(), x, weight, x if bias is None else bias, x if param is None else param, winner, saved)
+    shared = {
+        **places,
+        "N": n,
+        "p": p,
+        "KIND": "sum" if kind == "avg" else kind,  # divided at the end, so that small numbers keep their digits
+        "AVERAGE": kind == "avg",
+        "ACTIVATION": activation,
+        "HAS_BIAS": bias is not None,
+        "HAS_PARAM": param is not None,
+        "HAS_WINNER": KINDS[kind].winner,
+        "HAS_SAVED": KINDS[kind].uses_input,
+        "RECOMPUTE": KINDS[kind].uses_input or activation != "none",
+        **constants,
+        **tiling.constants(),
+        "num_warps": 8 if x.element_size() == 2 and not torch.version.hip else 4,
+        "num_stages": 2,
+    }
+    ins, outs = runtime.cdiv(inputs, tiling.block_inputs), runtime.cdiv(outputs, tiling.block_outputs)
+    dx = by_weight = by_bias = None
+    if wanted[0]:
+        dx = runtime.empty_map(x, x.shape[2], x.shape[3])
+        conv_kernels.backward_input[(n * tiling.tiles * ins,)](*tensors, dx, **shared)
+    if wanted[1]:
+        # About 256 programs: enough to fill an accelerator, few enough for partial sums smaller than x.
+        splits = min(runtime.cdiv(256, ins * outs), runtime.cdiv(n * tiling.tiles, 8))
+        per = runtime.cdiv(n * tiling.tiles, splits)
+        splits = runtime.cdiv(n * tiling.tiles, per)
+        weights = g.new_empty((splits, outputs, inputs), dtype=runtime.accumulator(x))
+        biases = weights.new_empty((splits, outputs))
+        conv_kernels.backward_weight[(splits * ins * outs,)](*tensors, weights, biases, PER=per, **shared)
+        by_weight, by_bias = weights.sum(0), biases.sum(0)
+    return dx, by_weight, by_bias

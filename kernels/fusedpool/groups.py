@@ -1,0 +1,357 @@
+"""Pooling over groups of neighbouring channels: the kernels and their launch.
+
+A program's tile of inputs is [BR, BG * BK]. channels_last: pixels x (groups, BK of a group's members), so that loads
+run along the channels, and the members are reduced at the end; NCHW: (image, group, line) x the line's pixels, BK = 1.
+The remaining members are taken in a loop.
+
+Bytes per input element of size s, for groups of k: forward s + s / k, and 1 / k more for a winner; backward
+s + s / k + 1 / k, and s more where the gradient depends on the input.
+"""
+
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fusedpool import operators, runtime
+from fusedpool._triton import tl, triton
+from fusedpool.cells import _has, _or
+from fusedpool.kinds import (
+    KINDS,
+    combine,
+    exponential,
+    finish,
+    finish_aux,
+    gradient,
+    identity,
+    lift,
+    reduce,
+)
+from fusedpool.operators import Outputs
+from fusedpool.prologue import activate, activate_derivative, load_affine
+
+# A new image size must not compile anything: only channels and types are compiled in, and what W is a multiple of.
+_SIZES: Final = ["ROWS", "H", "W", "x_n", "x_c", "x_h", "x_w", "g_n", "g_c", "g_h", "g_w"]
+_ELEMENTS: Final = 1024
+
+
+@triton.jit
+def _tile(
+    ROWS, C, H, WIDTH, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """What this program's [BR, BC] inputs belong to: (n, group, h, w), each [BR, 1] or [1, BC], and the output's place
+    in a dense map; the first of the BK members of the group, and its channel; which exist."""
+    columns = C // K * BK if CHANNELS_LAST else WIDTH
+    blocks = tl.cdiv(columns, BC)
+    line, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    if WIDE:
+        line, block = line.to(tl.int64), block.to(tl.int64)
+    row = line * BR + tl.arange(0, BR)[:, None]
+    column = block * BC + tl.arange(0, BC)[None, :]
+    member = (column % BK).to(tl.int32)
+    if CHANNELS_LAST:
+        n, group, h, w = row // WIDTH // H, column // BK, row // WIDTH % H, row % WIDTH
+        channel, out, inside = group * K + member, row * (C // K) + group, (row < ROWS) & (column < columns)
+        if K == BK:  # the same, in a form that shows that channels are contiguous
+            channel, inside = column, (row < ROWS) & (column < C)
+    else:
+        n, group, h, w = row // H // (C // K), row // H % (C // K), row % H, column
+        channel, out, inside = group * K, row * WIDTH + column, (row < ROWS) & (column < WIDTH)
+    return n, group, h, w, out, member, channel, inside
+
+
+@triton.jit
+def _outputs(
+    ROWS, C, H, WIDTH, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    BR: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """The groups of this program's [BR, BG] outputs, their place in a dense map, and which exist."""
+    columns = C // K if CHANNELS_LAST else WIDTH
+    blocks = tl.cdiv(columns, BG)
+    line, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    if WIDE:
+        line, block = line.to(tl.int64), block.to(tl.int64)
+    row = line * BR + tl.arange(0, BR)[:, None]
+    column = block * BG + tl.arange(0, BG)[None, :]
+    group = column if CHANNELS_LAST else row // H % (C // K)
+    return group, row * columns + column, (row < ROWS) & (column < columns)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _forward(
+    x, scale, shift, param, seed, y, winner, aux, index,
+    ROWS, C, H, W, x_n, x_c, x_h, x_w, x_inner, p,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_PARAM: tl.constexpr, SAVE_WINNER: tl.constexpr, SAVE_AUX: tl.constexpr, SAVE_INDEX: tl.constexpr,
+    SENTINEL: tl.constexpr, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    W_ALIGN: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x [N, C, H, W] of any strides (those of rows given / ALIGN) -> y, winner, aux, index, dense [N, C / K, H, W].
+
+    y = finish(combine of lift(activation(scale x + shift)) over the K channels of a group); see kinds.py. winner is
+    the place of a channel in its group, index the channel. W is given / W_ALIGN.
+    """
+    WIDTH = W * W_ALIGN
+    n, group, h, w, out, lane, first, inside = _tile(ROWS, C, H, WIDTH, K, CHANNELS_LAST, WIDE, BR, BC, BK)
+    if HAS_PARAM:
+        p = tl.load(param)
+    p = tl.cast(p, ACC)
+    a, b, k, i = identity(tl.zeros((BR, BC), ACC), KIND)
+    counter = ((n.to(tl.int64) * (C // K) + group) * H + h) * WIDTH + w
+    for start in range(0, K, BK):
+        member, channel = lane + start, first
+        if K != BK:
+            channel = first + start
+        valid = inside
+        if K % BK != 0:
+            valid = inside & (member < K)
+        s, t = load_affine(scale, shift, channel, channel < C, HAS_SCALE, HAS_SHIFT, ACC)
+        if CHANNELS_LAST:
+            offset = (n * x_n + h * x_h + w * x_w) * ALIGN + channel * x_inner
+        else:
+            offset = (n * x_n + channel * x_c + h * x_h) * ALIGN + w * x_inner
+        v = activate(tl.load(x + offset, valid, 0.0).to(ACC) * s + t, ACTIVATION)
+        position = tl.where(valid, member, -1)
+        e = v
+        if KIND == "stochastic":
+            e = exponential(tl.load(seed), counter >> 32, counter & 0xFFFFFFFF, tl.zeros_like(counter) + member).to(ACC)
+        a2, b2, k2 = lift(v, valid, p, e, KIND)
+        a, b, k, i = combine(a, b, k, i, a2, b2, k2, position, KIND, True)
+    if BK > 1:
+        BG: tl.constexpr = BC // BK
+        a, b, k = tl.reshape(a, (BR, BG, BK)), tl.reshape(b, (BR, BG, BK)), tl.reshape(k, (BR, BG, BK))
+        a, b, k, i = reduce(a, b, k, tl.reshape(i, (BR, BG, BK)), KIND, 2)
+        group, out, inside = _outputs(ROWS, C, H, WIDTH, K, CHANNELS_LAST, WIDE, BR, BG)
+    divisor = tl.full((1, 1), K, ACC)
+    value = finish(a, b, k, divisor, p, KIND)
+    tl.store(y + out, value.to(y.dtype.element_ty), inside)
+    if SAVE_WINNER:
+        kept = i
+        if (ACTIVATION == "relu") & (KIND != "mixed"):  # operators.masked
+            kept = tl.where(value <= 0, -1, i)
+        tl.store(winner + out, tl.where(kept < 0, SENTINEL, kept).to(winner.dtype.element_ty), inside)
+    if SAVE_AUX:
+        tl.store(aux + out, finish_aux(a, b, k, divisor, p, value, KIND), inside)
+    if SAVE_INDEX:
+        tl.store(index + out, group.to(tl.int64) * K + i, inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _backward(
+    g, x, y, winner, aux, scale, shift, param, dx, partials,
+    ROWS, C, H, W, x_n, x_c, x_h, x_w, x_inner, g_n, g_c, g_h, g_w, g_inner, p,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_PARAM: tl.constexpr, HAS_X: tl.constexpr, HAS_Y: tl.constexpr, HAS_WINNER: tl.constexpr,
+    HAS_AUX: tl.constexpr, AFFINE_GRADIENT: tl.constexpr, SENTINEL: tl.constexpr, K: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
+    W_ALIGN: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """g [N, C / K, H, W] of any strides, saved tensors dense -> dx dense [N, C, H, W], each element written once.
+
+    With AFFINE_GRADIENT, each tile leaves its sums of the gradients by scale and by shift in partials:
+    [2, row blocks, C] for channels_last, else [2, N * C * H, column blocks].
+    """
+    WIDTH = W * W_ALIGN
+    n, group, h, w, saved, lane, first, inside = _tile(ROWS, C, H, WIDTH, K, CHANNELS_LAST, WIDE, BR, BC, BK)
+    if HAS_PARAM:
+        p = tl.load(param)
+    p = tl.cast(p, ACC)
+    if CHANNELS_LAST:
+        incoming = (n * g_n + h * g_h + w * g_w) * G_ALIGN + group * g_inner
+    else:
+        incoming = (n * g_n + group * g_c + h * g_h) * G_ALIGN + w * g_inner
+    gy = tl.load(g + incoming, inside, 0.0).to(ACC)
+    value, extra = gy, gy
+    if HAS_Y:
+        value = tl.load(y + saved, inside, 1.0).to(ACC)
+    if HAS_AUX:
+        extra = tl.load(aux + saved, inside, 1.0).to(ACC)
+    kept = tl.zeros((BR, BC), tl.int32) - 1
+    if HAS_WINNER:
+        kept = tl.load(winner + saved, inside, SENTINEL).to(tl.int32)
+        kept = tl.where(kept == SENTINEL, -1, kept)
+    divisor = tl.full((1, 1), K, ACC)
+    for start in range(0, K, BK):
+        member, channel = lane + start, first
+        if K != BK:
+            channel = first + start
+        valid = inside
+        if K % BK != 0:
+            valid = inside & (member < K)
+        s, t = load_affine(scale, shift, channel, channel < C, HAS_SCALE, HAS_SHIFT, ACC)
+        if CHANNELS_LAST:
+            offset = (n * x_n + h * x_h + w * x_w) * ALIGN + channel * x_inner
+            place = ((n * H + h) * WIDTH + w) * C + channel
+        else:
+            offset = (n * x_n + channel * x_c + h * x_h) * ALIGN + w * x_inner
+            place = ((n * C + channel) * H + h) * WIDTH + w
+        raw = tl.zeros((BR, BC), ACC)
+        if HAS_X:
+            raw = tl.load(x + offset, valid, 0.0).to(ACC)
+        u = raw * s + t
+        du = gradient(gy, activate(u, ACTIVATION), value, extra, kept == member, divisor, p, KIND)
+        if HAS_X:
+            du = du * activate_derivative(u, ACTIVATION)
+        tl.store(dx + place, (du * s).to(dx.dtype.element_ty), valid)
+        if AFFINE_GRADIENT:
+            by_scale, by_shift = tl.where(valid, du * raw, 0.0), tl.where(valid, du, 0.0)
+            blocks = tl.cdiv(C // K * BK if CHANNELS_LAST else WIDTH, BC)
+            line, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+            if CHANNELS_LAST:
+                spot, second = line * C + channel, tl.cdiv(ROWS, BR).to(tl.int64) * C
+                real = (channel < C) & (member < K)
+                by_scale, by_shift = tl.sum(by_scale, 0)[None, :], tl.sum(by_shift, 0)[None, :]
+            else:
+                spot, second = (
+                    ((n * C + channel) * H + h).to(tl.int64) * blocks + block,
+                    tl.cast(ROWS, tl.int64) * K * blocks,
+                )
+                real = line * BR + tl.arange(0, BR)[:, None] < ROWS
+                by_scale, by_shift = tl.sum(by_scale, 1)[:, None], tl.sum(by_shift, 1)[:, None]
+            tl.store(partials + spot, by_scale, real)
+            tl.store(partials + second + spot, by_shift, real)
+
+
+def _flat(*maps: Tensor) -> tuple[Tensor, ...]:
+    """The maps as [N, C, 1, H * W] where all of them can be without a copy: longer lines, fewer divisions."""
+    n, _, height, width = maps[0].shape
+    if height == 1 or any(t.stride(2) != width * t.stride(3) for t in maps):
+        return maps
+    return tuple(t.as_strided((n, t.shape[1], 1, height * width), (*t.stride()[:2], 0, t.stride(3))) for t in maps)
+
+
+def _tiles(like: Tensor, groups: int, taps: int, last: bool) -> tuple[runtime.Tile, int]:
+    """How programs share an output [N, groups, H, W] for maps of like's size, in units of inputs; and BK."""
+    n, _, height, width = like.shape
+    if last:
+        members = min(128, 1 << (taps - 1).bit_length())
+        block = members * min(128 // members, 1 << (groups - 1).bit_length())
+        return runtime.Tile(
+            True, groups * taps, n, n * height * width, groups * members, max(1, _ELEMENTS // block), block
+        ), members
+    block = next((size for size in (8, 16, 32, 64) if width <= size), 128)
+    return runtime.Tile(False, groups * taps, n, n * groups * height, width, max(1, _ELEMENTS // block), block), 1
+
+
+def empty_outputs(x: Tensor, groups: int, kind: str, save: bool, indices: bool) -> Outputs:
+    """Uninitialised (y, winner, aux, index) for maps x."""
+    size, taps = (x.shape[2], x.shape[3]), x.shape[1] // groups
+    return operators.empty_outputs(x, size, taps, kind, save, indices, groups)
+
+
+def empty_gradients(
+    g: Tensor, scale: Tensor | None, shift: Tensor | None, param: Tensor | None, channels: int, last: bool
+) -> Outputs:
+    """Uninitialised (dx, dscale, dshift, dparam)."""
+    return operators.empty_gradients(g, scale, shift, param, g.shape[2:], last, channels)
+
+
+def launch_forward(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    param: Tensor | None,
+    seed: Tensor | None,
+    groups: int,
+    kind: str,
+    p: float,
+    activation: str,
+    save: bool,
+    indices: bool,
+) -> Outputs:
+    """y, winner, aux, index, each dense [N, groups, H, W]; those not wanted are empty."""
+    y, winner, aux, index = outputs = empty_outputs(x, groups, kind, save, indices)
+    acc = runtime.accumulator(x)
+    if acc is torch.float64 and param is None:
+        param = x.new_tensor(p)  # numbers reach a kernel as float32
+    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    last = runtime.channels_last(x) or (x.shape[2] * x.shape[3] == 1 and x.stride(1) == 1)
+    (x,) = _flat(x)
+    taps = x.shape[1] // groups
+    tile, members = _tiles(x, groups, taps, last)
+    strides = runtime.Strides.of(x, last)
+    width_align = 1 if last else runtime.alignment((x.shape[3],))
+    tile.launch(
+        _forward,
+        *(x, _or(scale, x), _or(shift, x), _or(param, x), _or(seed, x), y, winner, aux, index),
+        *(tile.rows, x.shape[1], x.shape[2], x.shape[3] // width_align, *strides.outer, strides.inner, p),
+        KIND=kind,
+        ACTIVATION=activation,
+        **_has(scale=scale, shift=shift, param=param),
+        SAVE_WINNER=winner.dim() == 4,
+        SAVE_AUX=aux.dim() == 4,
+        SAVE_INDEX=index.dim() == 4,
+        SENTINEL=operators.sentinel(winner),
+        K=taps,
+        WIDE=runtime.wide(x, y),
+        ALIGN=strides.align,
+        W_ALIGN=width_align,
+        ACC=runtime.triton_type(acc),
+        BK=members,
+    )
+    return outputs
+
+
+def launch_backward(
+    g: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    winner: Tensor,
+    aux: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    param: Tensor | None,
+    channels: int,
+    last: bool,
+    kind: str,
+    p: float,
+    activation: str,
+) -> Outputs:
+    """Gradients by x, dense [N, channels, H, W], channels_last or not, and by scale, shift and param."""
+    known, acc = KINDS[kind], runtime.accumulator(g)
+    dx, dscale, dshift, dparam = outputs = empty_gradients(g, scale, shift, param, channels, last)
+    affine = scale is not None or shift is not None
+    if param is not None and known.learnable:
+        dparam.copy_((g.to(acc) * aux).sum().view(param.shape))
+    if acc is torch.float64 and param is None:
+        param = g.new_tensor(p)
+    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    winner, aux = runtime.dense(winner, last), runtime.dense(aux, last)
+    y = None if y is None else runtime.dense(y, last)
+    last = last or dx.shape[2] * dx.shape[3] == 1
+    g, dx, *inputs = _flat(g, dx, *(() if x is None else (x,)))
+    taps = dx.shape[1] // g.shape[1]
+    tile, members = _tiles(g, g.shape[1], taps, last)
+    sums = replace(tile, rows=tile.rows if last else tile.rows * taps, columns=dx.shape[1] if last else tile.columns)
+    partials = g.new_empty((2, *sums.partials) if affine else 0, dtype=acc)
+    x_strides, g_strides = runtime.Strides.of(inputs[0] if inputs else dx, last), runtime.Strides.of(g, last)
+    width_align = 1 if last else runtime.alignment((dx.shape[3],))
+    tile.launch(
+        _backward,
+        *(g, _or(x, g), _or(y, g), winner, aux, _or(scale, g), _or(shift, g), _or(param, g), dx, partials),
+        *(tile.rows, dx.shape[1], dx.shape[2], dx.shape[3] // width_align, *x_strides.outer, x_strides.inner),
+        *(*g_strides.outer, g_strides.inner, p),
+        KIND=kind,
+        ACTIVATION=activation,
+        **_has(scale=scale, shift=shift, param=param, x=x, y=y),
+        HAS_WINNER=known.winner,
+        HAS_AUX=known.aux and not known.learnable,
+        AFFINE_GRADIENT=affine,
+        SENTINEL=operators.sentinel(winner),
+        K=taps,
+        WIDE=runtime.wide(dx, g, x),
+        ALIGN=x_strides.align,
+        G_ALIGN=g_strides.align,
+        W_ALIGN=width_align,
+        ACC=runtime.triton_type(acc),
+        BK=members,
+    )
+    if affine:
+        by_scale, by_shift = sums.per_channel(partials)
+        if scale is not None:
+            dscale.copy_(by_scale)
+        if shift is not None:
+            dshift.copy_(by_shift)
+    return outputs

@@ -1,0 +1,177 @@
+"""Which path runs an operator, how tensors lie in memory, and how many programs a kernel takes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Self
+
+import torch
+from torch import Tensor
+
+from fusedpool._triton import INSTALLED, tl
+
+Path = Literal["triton", "reference"]
+
+INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton kernels run on the CPU, in its interpreter."""
+
+_ELEMENTS: Final = 1024  # of a program's tile: 8 for each of 128 threads, 16 bytes of a half
+
+# Of the process, not of a thread: backward runs in threads of autograd's own.
+_forced: list[Path] = []
+
+
+@contextmanager
+def force(path: Path) -> Iterator[None]:
+    """Run every operator inside by that path; "triton" on CPU tensors needs TRITON_INTERPRET=1."""
+    _forced.append(path)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether kernels work on x: on an accelerator, where Triton is installed, unless forced."""
+    if _forced:
+        return _forced[-1] == "triton"
+    return x.is_cuda and INSTALLED
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether x [N, C, H, W] lies in memory with its channels innermost; a C of 1 counts as NCHW."""
+    return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+
+
+def empty_map(
+    like: Tensor, height: int, width: int, dtype: torch.dtype | None = None, channels: int | None = None
+) -> Tensor:
+    """An uninitialised dense [N, channels or C, height, width] in the memory format of `like`."""
+    return torch.empty(
+        (like.shape[0], channels or like.shape[1], height, width),
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last if channels_last(like) else torch.contiguous_format,
+    )
+
+
+def dense(x: Tensor, last: bool) -> Tensor:
+    """x, or a dense copy where something (a hook on saved tensors, say) has laid it out otherwise."""
+    if x.dim() != 4:
+        return x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def alignment(strides: tuple[int, ...]) -> int:
+    """The largest power of two up to 16 that divides all strides: what vector loads may count on."""
+    align = 16
+    while any(stride % align for stride in strides):
+        align //= 2
+    return align
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def warps() -> int:
+    """Those of 128 threads, so that 1024 elements are 8 for each: a warp is 64 threads on AMD, else 32."""
+    return 2 if torch.version.hip else 4
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """What sums over x are kept in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether offsets into one of the tensors need 64 bits."""
+    return any(
+        1 + sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size) >= 2**31
+        for t in tensors
+        if t is not None
+    )
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """float32 or float64, in Triton's terms."""
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+@dataclass(frozen=True)
+class Strides:
+    """A map's strides as kernels take them: outer ones in units of `align` elements, so that loads can be wide.
+
+    Attributes:
+        outer: of n, c, h, w; the inner one is there too, and not used.
+        inner: of c for channels_last, else of w.
+    """
+
+    outer: tuple[int, int, int, int]
+    inner: int
+    align: int
+
+    @classmethod
+    def of(cls, x: Tensor, last: bool | None = None) -> Self:
+        """Those of x [N, C, H, W]; last: as channels_last or not, instead of as it lies."""
+        last = channels_last(x) if last is None else last
+        n, c, h, w = x.stride()
+        align = alignment((n, h, w) if last else (n, c, h))
+        return cls((n // align, c // align, h // align, w // align), c if last else w, align)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How programs share a dense map [N, C, height, width]: blocks of rows x columns, columns contiguous.
+
+    channels_last: pixels x channels; else (image, channel, line) x the line's pixels.
+    """
+
+    last: bool
+    channels: int
+    images: int
+    rows: int
+    columns: int
+    block_rows: int
+    block_columns: int
+
+    @classmethod
+    def over(cls, like: Tensor, height: int, width: int, last: bool | None = None) -> Self:
+        """For a map of that size with the images, channels and, unless `last` is given, memory format of `like`."""
+        n, c = like.shape[:2]
+        if channels_last(like) if last is None else last:
+            block = min(128, 1 << (c - 1).bit_length())
+            return cls(True, c, n, n * height * width, c, _ELEMENTS // block, block)
+        # Few classes of lines, not their length: each is a compilation.
+        block = next((size for size in (8, 32) if width <= size), 128)
+        return cls(False, c, n, n * c * height, width, _ELEMENTS // block, block)
+
+    @property
+    def partials(self) -> tuple[int, int]:
+        """The shape of one sum per tile and channel."""
+        if self.last:
+            return cdiv(self.rows, self.block_rows), self.columns
+        return self.rows, cdiv(self.columns, self.block_columns)
+
+    def per_channel(self, partials: Tensor) -> tuple[Tensor, ...]:
+        """[k, *self.partials] summed, in a fixed order, to k tensors [C]."""
+        if self.last:
+            return partials.sum(1).unbind()
+        lines = partials[0].numel() // max(1, self.images * self.channels)
+        return partials.view(len(partials), self.images, self.channels, lines).sum((1, 3)).unbind()
+
+    def launch(self, kernel: Any, *args: Any, **constants: Any) -> None:
+        """Run one program for each block."""
+        programs = cdiv(self.rows, self.block_rows) * cdiv(self.columns, self.block_columns)
+        if programs:
+            with torch.cuda.device_of(args[0]):
+                kernel[(programs,)](
+                    *args,
+                    **constants,
+                    CHANNELS_LAST=self.last,
+                    BR=self.block_rows,
+                    BC=self.block_columns,
+                    num_warps=warps(),
+                )
