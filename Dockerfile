@@ -4,6 +4,7 @@ WORKDIR /src
 RUN python -m venv /opt/fullframe
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service service
+COPY kernels kernels
 # What the server never loads stays behind: installers, ONNX Runtime's C library (Python has its own) and tools, tests.
 RUN /opt/fullframe/bin/pip install --no-cache-dir --no-compile -c constraints.txt . \
     && cd /opt/fullframe/lib/python3*/site-packages \

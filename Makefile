@@ -10,7 +10,8 @@ demo: $(VENV)/.demo
 	$(BIN)/fullframe demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels -n auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

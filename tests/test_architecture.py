@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import fullframe
+import fusedpool
 
 PACKAGE = Path(fullframe.__file__).parent
+KERNELS = Path(fusedpool.__file__).parent
 # What each room may import besides itself; `errors`, the version and generated messages are open to all.
 MAY_IMPORT = {
     "image": set(),
@@ -67,6 +69,12 @@ def test_only_transport_knows_grpc_and_only_learning_knows_torch() -> None:
             assert top not in {"grpc", "grpc_status", "grpc_health"} or room(path) in GRPC_ROOMS, f"{path}: {name}"
             assert top not in {"torch", "onnx", "onnxscript"} or room(path) == "learn" or _type_checking(path, name)
             assert top != "onnxruntime" or room(path) in {"engine", "learn"}, f"{path}: {name}"
+
+
+def test_the_kernel_library_stands_alone_and_only_learning_uses_it() -> None:
+    assert not [name for path in KERNELS.rglob("*.py") for name in imports(path) if name.startswith("fullframe")]
+    users = {room(path) for path in sources() for name in imports(path) if name.startswith("fusedpool")}
+    assert users == {"learn"}
 
 
 def _type_checking(path: Path, name: str) -> bool:

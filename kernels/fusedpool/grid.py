@@ -47,8 +47,8 @@ def adaptive_pool2d(
         x, (kind,), "grid", levels=(size,), scale=scale, shift=shift, activation=activation, p=p,
         generator=generator, training=training, indices=return_indices,
     )  # fmt: skip
-    y = y[0].unflatten(2, size)
-    return (y, index[0].unflatten(2, size)) if return_indices else y
+    y = y.squeeze(0).unflatten(2, size)
+    return (y, index.squeeze(0).unflatten(2, size)) if return_indices else y
 
 
 def pyramid_pool2d(
@@ -85,4 +85,4 @@ def pyramid_pool2d(
         x, (kind,), "grid", levels=tuple((side, side) for side in sides), scale=scale, shift=shift,
         activation=activation, p=p, generator=generator, training=training,
     )  # fmt: skip
-    return y[0].contiguous()
+    return y.squeeze(0).contiguous()

@@ -43,4 +43,4 @@ def ragged_pool(
         x.t()[None, :, None], kinds, "packed", bounds=offsets, scale=scale, shift=shift, activation=activation,
         p=p, generator=generator, training=training,
     )  # fmt: skip
-    return y[..., 0].unbind()
+    return y.squeeze(-1).unbind()

@@ -265,7 +265,7 @@ def launch_backward(
     tiles = Tiles.over(channels, height * width, last, seen.flat)
     parts = images * tiles.chunks if samples else 0
     sums = g.new_empty((2, parts, channels) if affine else 0, dtype=acc)
-    g_k, g_n, g_c, g_o = g.stride()
+    g_k, g_n, g_c, g_o = (stride if size > 1 else 0 for size, stride in zip(g.shape, g.stride(), strict=True))
     g_align = runtime.alignment((g_k, g_n, g_o) if last else (g_k, g_n, g_c))
     starts = np.cumsum([0, *(rows * columns for rows, columns in levels)])
     most = max((max(level) for level in levels), default=1)

@@ -48,4 +48,4 @@ def global_pool2d(
         x, kinds, "whole" if sizes is None else "sized", bounds=sizes, scale=scale, shift=shift, activation=activation,
         p=p, generator=generator, training=training,
     )  # fmt: skip
-    return y[..., 0].unbind()
+    return y.squeeze(-1).unbind()

@@ -68,7 +68,7 @@ def test_a_client_needs_no_engine_and_an_engine_no_transport() -> None:
     "missing, arguments, complaint",
     [
         ("skimage", ["demo"], "pip install 'fullframe[demo]'; or name your own"),
-        ("torch", ["train", "nowhere"], "this needs torch, of the learn extra: pip install 'fullframe[learn]'"),
+        ("torch", ["train", "x", "-o", "run"], "this needs torch, of the learn extra: pip install 'fullframe[learn]'"),
     ],
 )
 def test_a_missing_extra_is_named(missing: str, arguments: list[str], complaint: str) -> None:

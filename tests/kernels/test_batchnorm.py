@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from fusedpool import batch_norm_act_pool2d, batchnorm_launch, cells, runtime
 from fusedpool.batchnorm_launch import Statistics
 from tests.kernels import formulas
-from tests.kernels.test_window import LAYOUTS, MEANINGFUL, fits, geometries, laid_out, random_map
+from tests.kernels.test_window import fits, geometries
+from tests.kernels.window_cases import LAYOUTS, MEANINGFUL, laid_out, random_map
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 

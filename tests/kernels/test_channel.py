@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedpool import channel_pool, groups, runtime
 from tests.kernels import formulas
-from tests.kernels.test_window import LAYOUTS, MEANINGFUL, Keep, laid_out, random_map, tensors_for
+from tests.kernels.window_cases import LAYOUTS, MEANINGFUL, Keep, laid_out, random_map, tensors_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 

@@ -14,7 +14,7 @@ from fusedpool import arguments, fractional_pool2d, runtime
 from fusedpool.fractional import _covering, starts
 from fusedpool.kinds import KINDS
 from tests.kernels import formulas
-from tests.kernels.test_window import LAYOUTS, MEANINGFUL, laid_out, random_map, tensors_for
+from tests.kernels.window_cases import LAYOUTS, MEANINGFUL, laid_out, random_map, tensors_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 

@@ -23,7 +23,7 @@ from fusedpool.nn import (
 from fusedpool.ragged import ragged_pool
 from fusedpool.whole import global_pool2d
 from fusedpool.window import pool2d
-from tests.kernels.test_window import random_map
+from tests.kernels.window_cases import random_map
 
 X = random_map(2, 4, 7, 6, dtype=torch.float32)
 OFFSETS = torch.tensor([0, 3, 14])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusedpool import adaptive_pool2d, global_pool2d, pyramid_pool2d, ragged_pool, region_launch, runtime
+from fusedpool import adaptive_pool2d, global_pool2d, pyramid_pool2d, ragged_pool, region_launch, regions, runtime
 from fusedpool.regions import _regions
 from tests.kernels import region_cases as cases
 
@@ -103,6 +103,24 @@ def test_the_same_bits_twice_and_in_any_batch(kernel_device: torch.device, monke
     first, again, alone = run(x), run(x), run(x[1:2])
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a[1:2], b) for a, b in zip(first, alone, strict=True))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+def test_places_and_offsets_of_64_bits(
+    kernel_device: torch.device, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = cases.random(1, 3, 4, 5, last=last).to(kernel_device).requires_grad_()
+    offsets = torch.tensor([0, 7, 20], device=kernel_device)
+
+    def run() -> list[Tensor]:
+        packed = x.permute(0, 2, 3, 1).reshape(-1, 3)
+        y = [*global_pool2d(x, ("max", "avg")), pyramid_pool2d(x, (1, 3)), *ragged_pool(packed, offsets, ("min",))]
+        return [*y, *cases.gradients(y, [x])]
+
+    narrow = run()
+    monkeypatch.setattr(region_launch, "_wide", lambda *tensors, **sizes: True)
+    monkeypatch.setattr(regions, "statically_known_true", lambda known: False)
+    assert all(torch.equal(a, b) for a, b in zip(run(), narrow, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["cropped", "transposed", "expanded", "strided"])
@@ -275,7 +293,7 @@ def test_empty_batches(device: torch.device) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     x = torch.zeros(2, 3, 4, 4)
-    for call, words in (
+    wrong: list[tuple[Callable[[], Any], str]] = [
         (lambda: global_pool2d(x, "avg"), "kinds is 'avg'"),
         (lambda: global_pool2d(x, ()), "kinds"),
         (lambda: global_pool2d(x, ("avg", "avg")), "twice"),
@@ -287,6 +305,7 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: global_pool2d(x, ("lp",), p=-1.0), "positive"),
         (lambda: global_pool2d(x, scale=torch.ones(2)), "scale"),
         (lambda: global_pool2d(x, activation="tanh"), "activation"),
-    ):
+    ]
+    for call, words in wrong:
         with pytest.raises(ValueError, match=words):
             call()

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fullframe.errors import InvalidInput
-from fullframe.learn.augment import Augmentation, random_crop
+from fullframe.learn.augment import random_crop
+from fullframe.learn.settings import Augmentation
 
 
 def gradient(height: int, width: int) -> np.ndarray:

@@ -1,12 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from fullframe.learn.augment import Augmentation
-from fullframe.learn.batches import VALIDATION_PIXELS, Batch, training_batches, validation_batches
+from fullframe.learn.batches import VALIDATION_PIXELS, Batch, epoch_plan, training_batches, validation_batches
 from fullframe.learn.data import Image
+from fullframe.learn.settings import Augmentation, Recipe
 
-HOW = Augmentation(sizes=(8, 12, 16))
+RECIPE = Recipe(batch_size=8, augmentation=Augmentation(sizes=(8, 12, 16)))
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +19,10 @@ def images() -> list[Image]:
     return [Image(str(i), b"", i, np.full((h, w, 3), i, np.uint8)) for i, (h, w) in enumerate(sizes)]
 
 
+def epoch_of(images: list[Image], recipe: Recipe, epoch: int, first: int = 0) -> list[Batch]:
+    return list(training_batches(images, epoch_plan(len(images), recipe, epoch), recipe, epoch, first))
+
+
 def same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(
         torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)
@@ -24,22 +30,33 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 
 def test_an_epoch_shows_each_image_once_at_one_size_a_batch(images: list[Image]) -> None:
-    batches = list(training_batches(images, 8, HOW, seed=0, epoch=0))
+    batches = epoch_of(images, RECIPE, 0)
     assert len(batches) == 6
     labels = torch.cat([labels for _, labels in batches])
     assert len(set(labels.tolist())) == 48
     assert len({pixels.shape[2:] for pixels, _ in batches}) > 1
     for pixels, grey in batches:
-        assert pixels.shape[2] == pixels.shape[3] in HOW.sizes
+        assert pixels.shape[2] == pixels.shape[3] in RECIPE.augmentation.sizes
         assert (pixels == grey.view(-1, 1, 1, 1)).all(), "labels follow their images"
 
 
 def test_an_epoch_can_be_taken_up_anywhere(images: list[Image]) -> None:
-    whole = list(training_batches(images, 8, HOW, seed=0, epoch=3))
+    whole = epoch_of(images, RECIPE, 3)
     for first in range(7):
-        assert same(list(training_batches(images, 8, HOW, seed=0, epoch=3, first=first)), whole[first:])
-    assert not same(list(training_batches(images, 8, HOW, seed=0, epoch=4)), whole)
-    assert not same(list(training_batches(images, 8, HOW, seed=1, epoch=3)), whole)
+        assert same(epoch_of(images, RECIPE, 3, first), whole[first:])
+    assert not same(epoch_of(images, RECIPE, 4), whole)
+    assert not same(epoch_of(images, replace(RECIPE, seed=1), 3), whole)
+
+
+def test_a_batch_s_pixels_are_bounded(images: list[Image]) -> None:
+    plan = epoch_plan(50, replace(RECIPE, batch_pixels=600), 0)
+    assert {(side, len(indices)) for side, indices in plan} == {(8, 8), (12, 4), (16, 2)}
+    shown = [index for _, indices in plan for index in indices]
+    assert len(shown) == len(set(shown)) >= 50 - 8
+
+
+def test_few_images_are_one_batch() -> None:
+    assert [len(indices) for _, indices in epoch_plan(5, RECIPE, 0)] == [5]
 
 
 def test_validation_shows_all_and_enlarges_none(images: list[Image]) -> None:

@@ -21,17 +21,21 @@ from fullframe.learn.export import (
     fold_batch_norms,
     write_model,
 )
-from fullframe.learn.nets import Net, NetConfig
-from fullframe.learn.recipe import Recipe
+from fullframe.learn.nets import Net
+from fullframe.learn.settings import NetConfig, Recipe
 
 RECIPE = Recipe(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 LABELS = ("a", "b", "c")
 
 
-def network(global_pooling: str = "avg", activation: str = "relu", block_pooling: str = "max") -> Net:
-    """A small network whose batch norms and classifier have something to say."""
+def network(global_pooling: str = "avg", activation: str = "relu", block_pooling: str = "max", levels: int = 1) -> Net:
+    """A small network whose batch norms, gates and classifier have something to say."""
     torch.manual_seed(0)
-    net = Net(NetConfig(3, 16, (1, 1), 4, activation, block_pooling, global_pooling))
+    block = "residual" if levels > 1 else "inception"
+    config = NetConfig(3, 16, (1, 1), 4, activation, block_pooling, global_pooling, block=block, levels=levels)
+    net = Net(config)
+    if levels > 1:
+        nn.init.normal_(net.gate.weight)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -87,35 +91,51 @@ def test_the_file_says_what_it_is(exported: Path) -> None:
     assert contract.training["parameters"] == sum(p.numel() for p in network().parameters())
 
 
-def test_multiply_adds_are_those_of_the_convolutions(exported: Path) -> None:
-    side = 64
+@pytest.mark.parametrize("levels", [1, 3])
+def test_geometry_and_cost_are_those_of_the_network(levels: int, tmp_path: Path) -> None:
+    net = network(block_pooling="avg", levels=levels)
+    assert write_model(graph(net), net, RECIPE, tmp_path / "m.onnx") < TOLERANCE
+    contract = OrtEngine(tmp_path / "m.onnx").contract
+    assert contract.stride == ((4, 4) if levels == 1 else (16, 16))
+    assert contract.training["multiply_adds_per_pixel"] == cost_per_pixel(net)
+    assert seen_by((5, 6), net, contract.stride) == (contract.start, contract.receptive_field)
+
+
+def cost_per_pixel(net: Net, side: int = 64) -> int:
+    """What its convolutions multiply and add, all but the classifier's."""
     sizes: list[int] = []
 
     def count(conv: nn.Module, _: object, output: torch.Tensor) -> None:
         assert isinstance(conv, nn.Conv2d)
         sizes.append(output[0, 0].numel() * conv.weight.numel())
 
-    net = network()
-    for module in net.body.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count)
+    hooks = [
+        module.register_forward_hook(count)
+        for module in net.modules()
+        if isinstance(module, nn.Conv2d) and module is not net.classifier
+    ]
     net(torch.zeros(1, 3, side, side))
-    assert OrtEngine(exported).contract.training["multiply_adds_per_pixel"] == round(sum(sizes) / side**2)
+    for hook in hooks:
+        hook.remove()
+    return round(sum(sizes) / side**2)
 
 
-def test_the_receptive_field_is_what_a_cell_sees(exported: Path) -> None:
-    contract = OrtEngine(exported).contract
-    net = network(block_pooling="avg").double()
+def seen_by(cell: tuple[int, int], net: Net, stride: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The first pixel that cell 0 sees and how many a cell sees, from the gradient of `cell`."""
+    net = net.double()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.abs_()  # so that nothing cancels and every pixel in the field counts
-    x = torch.full((1, 3, 120, 120), 5.0, dtype=torch.float64, requires_grad=True)
-    net.outputs(x).feature_map[0, :, 12, 15].sum().backward()  # type: ignore[no-untyped-call]
+        if net.config.levels > 1:
+            net.gate.weight.mul_(1e-3)  # a gate that is full passes nothing on
+    side = 12 * stride[0]
+    x = torch.full((1, 3, side, side), 5.0, dtype=torch.float64, requires_grad=True)
+    net.outputs(x).feature_map[0, :, cell[0], cell[1]].sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
-    seen = x.grad[0].sum(0).nonzero()
-    first = torch.tensor([contract.start[0] + 12 * contract.stride[0], contract.start[1] + 15 * contract.stride[1]])
-    assert torch.equal(seen.min(0).values, first)
-    assert torch.equal(seen.max(0).values, first + torch.tensor(contract.receptive_field) - 1)
+    seen = x.grad[0].abs().sum(0).nonzero()
+    first, last = seen.min(0).values, seen.max(0).values
+    start = first - torch.tensor(cell) * torch.tensor(stride)
+    return tuple(start.tolist()), tuple((last - first + 1).tolist())
 
 
 def test_nothing_of_the_maker_s_machine_is_in_the_file(exported: Path) -> None:

@@ -14,12 +14,12 @@ from typer.testing import CliRunner, Result
 from fullframe.engine.ort import OrtEngine
 from fullframe.errors import InvalidInput
 from fullframe.learn import commands
-from fullframe.learn.augment import Augmentation
-from fullframe.learn.card import recipe_command
+from fullframe.learn.card import model_card, recipe_command
 from fullframe.learn.data import load_images
 from fullframe.learn.evaluate import accuracy_by_size, resize_shorter_side
-from fullframe.learn.nets import NetConfig
-from fullframe.learn.recipe import Recipe
+from fullframe.learn.export import add_training_facts, export_run
+from fullframe.learn.options import spelled
+from fullframe.learn.settings import Augmentation, NetConfig, Recipe
 from fullframe.learn.train import read_settings
 from tests.learn.shapes import write_shapes
 
@@ -110,6 +110,45 @@ def test_the_card_s_figures_are_the_file_s(run: Path, shapes: Path) -> None:
     ):
         assert words in card
     assert (run / "card-curve.png").read_bytes() == (run / "curve.png").read_bytes()
+
+
+def test_the_card_of_a_run_begun_with_another_s_weights_has_both_commands(
+    run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    words = f"{OPTIONS.replace('--epochs 3', '--epochs 1')} --levels 2 --frozen-body"
+    second = here("train", shapes, "-o", tmp_path / "second", "--init", run, *words.split(), "--threads", 1)
+    assert second.exit_code == 0, second.output
+    export_run(tmp_path / "second", tmp_path / "m.onnx", "m")
+    card = model_card(tmp_path / "m.onnx")
+    assert f"fullframe train shapes --out RUN1 {OPTIONS}\nfullframe train shapes --out RUN2 --init RUN1 " in card
+    assert "--levels 2" in card and "--frozen-body " in card and "True" not in card
+    assert len(re.findall(r"\d epochs? took", card)) == 2
+
+
+def test_the_card_shows_what_else_was_measured(run: Path, tmp_path: Path) -> None:
+    model = tmp_path / "shapes.onnx"
+    model.write_bytes((run / "shapes.onnx").read_bytes())
+    facts = {
+        "neighbours": {"k": 20, "bank": 1234, "by_pooling": {"gem(3)": {"32": 0.5, "64": 0.25}}},
+        "photographs": [{"about": "Two squares.", "figure": "answer", "by_scale": {"0.5": "red", "2.0": "blue"}}],
+    }
+    assert "## Features" not in model_card(model)
+    add_training_facts(model, facts)
+    card = model_card(model, confusion="c.png")
+    for words in ("20 training images", "1,234", "| gem(3) | 50.00 | 25.00 |", "| answer | red | blue |", "(c.png)"):
+        assert words in card
+
+
+def test_help_needs_no_torch() -> None:
+    program = (
+        "import sys; from fullframe.cli import main; sys.argv = ['fullframe', 'train', '--help']\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert shown.stdout.endswith("False\n"), shown.stderr
+    for each in (NetConfig(1), Recipe(), Augmentation()):
+        assert all(f"--{name.replace('_', '-')} " in shown.stdout for name in spelled(each))
 
 
 def test_evaluate_prints_what_the_file_reaches(run: Path, shapes: Path) -> None:

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,9 @@ import torch
 
 from fullframe import learn
 from fullframe.errors import InvalidInput
-from fullframe.learn.augment import Augmentation
 from fullframe.learn.checkpoint import FILE, load_checkpoint
 from fullframe.learn.data import ImageSet, load_images
-from fullframe.learn.nets import NetConfig
-from fullframe.learn.recipe import Recipe
+from fullframe.learn.settings import Augmentation, NetConfig, Recipe
 from fullframe.learn.train import COLUMNS, Interrupted, Progress, Trainer, load_run
 from tests.learn.shapes import write_shapes
 
@@ -178,6 +178,39 @@ def test_a_run_with_other_settings_is_not_continued(straight: Path, images: Imag
         Trainer(straight, NET, RECIPE, load_images(shapes, seed=3), "cpu").open()
 
 
+def test_a_run_can_begin_with_another_s_weights(straight: Path, images: ImageSet, tmp_path: Path) -> None:
+    net, recipe = replace(NET, levels=2), replace(RECIPE, epochs=1, frozen_norm_epochs=1, warmup_epochs=0.0)
+    trainer = Trainer(tmp_path / "run", net, recipe, images, "cpu", init=straight)
+    before = load_run(straight)[0].state_dict()
+    assert all(torch.equal(trainer.net.state_dict()[name], value) for name, value in before.items())
+    trainer.open()
+    trainer.fit()
+    _, settings, progress = load_run(tmp_path / "run")
+    assert settings["init"]["settings"]["recipe"]["epochs"] == 3
+    assert len(settings["init"]["history"]) == 3
+    assert progress["history"][-1]["validation_accuracy"] > 0.9
+    Trainer(tmp_path / "run", net, recipe, images, "cpu", init=straight).open()
+    with pytest.raises(InvalidInput, match="init"):
+        Trainer(tmp_path / "run", net, recipe, images, "cpu").open()
+    with pytest.raises(InvalidInput, match="holds no weights that fit"):
+        Trainer(tmp_path / "other", replace(NET, width=32, stem=6), recipe, images, "cpu", init=straight)
+
+
+def test_a_frozen_body_keeps_its_weights(straight: Path, images: ImageSet, tmp_path: Path) -> None:
+    net, recipe = replace(NET, levels=2, dropout=0.0), replace(RECIPE, epochs=1, warmup_epochs=0.0, frozen_body=True)
+    with threads(2):
+        trainer = Trainer(tmp_path / "run", net, recipe, images, "cpu", init=straight)
+        before = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+        trainer.open()
+        trainer.fit()
+    after = trainer.net.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed == {"gate.weight", "gate.bias", "classifier.weight", "classifier.bias"}
+    again = Trainer(tmp_path / "run", net, recipe, images, "cpu", init=straight)
+    again.open()
+    assert again.progress.epoch == 1
+
+
 def test_a_folder_without_a_run_has_no_network(tmp_path: Path, images: ImageSet) -> None:
     with pytest.raises(InvalidInput, match="holds no training run"):
         load_run(tmp_path)
@@ -226,6 +259,8 @@ def test_warm_up_and_cosine() -> None:
     recipe = Recipe(epochs=10, learning_rate=0.4, warmup_epochs=2)
     rates = [recipe.learning_rate_at(epoch) for epoch in (0, 1, 2, 6, 10)]
     assert rates == pytest.approx([0, 0.2, 0.4, 0.2, 0])
+    constant = replace(recipe, schedule="constant")
+    assert [constant.learning_rate_at(epoch) for epoch in (1, 2, 6, 10)] == pytest.approx([0.2, 0.4, 0.4, 0.4])
 
 
 def test_settings_survive_json() -> None:
@@ -240,6 +275,8 @@ def test_settings_survive_json() -> None:
         {"epochs": 0},
         {"batch_size": 1},
         {"optimizer": "lion"},
+        {"schedule": "linear"},
+        {"batch_pixels": -1},
         {"learning_rate": 0.0},
         {"weight_decay": -1.0},
         {"warmup_epochs": 30.0},
@@ -258,6 +295,43 @@ def test_a_bad_setting_is_named(change: dict[str, object]) -> None:
     assert caught.value.field == next(iter(change))
 
 
-def test_fewer_images_than_a_batch_are_refused(images: ImageSet, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="batch_size is 1000, but there are 108"):
-        Trainer(tmp_path, NET, Recipe(batch_size=1000), images)
+def test_few_images_are_one_batch_and_one_is_too_few(images: ImageSet, tmp_path: Path) -> None:
+    few = replace(images, train=images.train[::20])
+    trainer = Trainer(tmp_path / "run", NET, replace(RECIPE, batch_size=128), few, "cpu")
+    trainer.open()
+    seen: list[tuple[int, int]] = []
+    trainer.fit(lambda progress: seen.append((progress.seen, progress.steps)))
+    assert seen == [(len(few.train), 1)] * 3
+    with pytest.raises(InvalidInput, match="one training image"):
+        Trainer(tmp_path / "none", NET, RECIPE, replace(images, train=images.train[:1]), "cpu")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_share_a_batch(images: ImageSet, tmp_path: Path) -> None:
+    """With batch norm frozen the shares of a batch are independent, so that their number changes nothing."""
+    net = replace(NET, dropout=0.0)
+    for name, frozen in (("frozen", 1), ("live", 0)):
+        recipe = replace(RECIPE, epochs=1, warmup_epochs=0.0, frozen_norm_epochs=frozen)
+        weights = []
+        for run, count in enumerate((1, 3, 3)):
+            with threads(count):
+                trainer = Trainer(tmp_path / f"{name}{run}", net, recipe, images, "cpu")
+                trainer.open()
+                trainer.fit()
+            assert len(trainer._replicas) == count
+            assert torch.get_num_threads() == 1
+            first, *others = (dict(replica.named_buffers()) for replica in trainer._replicas)
+            for other in others:
+                assert all(torch.equal(first[key], other[key]) for key in first if "running" in key)
+            weights.append(trainer.net.state_dict())
+        alone, shared, again = weights
+        assert same(shared, again)
+        close = all(torch.allclose(alone[key], shared[key], atol=1e-3) for key in alone if "weight" in key)
+        assert close == bool(frozen)

@@ -1,6 +1,5 @@
 """One random crop of an image, at the size its batch wants."""
 
-from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
@@ -9,59 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fullframe.errors import InvalidInput
+from fullframe.learn.settings import Augmentation
 
 Pixels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How training images vary.
-
-    Attributes:
-        sizes: sides in pixels; each batch draws one.
-        size_weights: how often each is drawn (relative); empty: all alike.
-        area: the crop's share of the image's area, drawn between these.
-        aspect: the crop's width over height is drawn, log-uniformly, between 1/aspect and aspect.
-        reach: how far a crop may pass the border, as a share of the side; filled by reflection.
-        whole: share of the images that keep their scale (the largest square, moved by whole pixels), so that
-            images already of the batch's size are also seen unresampled.
-        flip: share of the images mirrored left to right.
-    """
-
-    sizes: tuple[int, ...] = (24, 32, 40, 48, 64)
-    size_weights: tuple[float, ...] = ()
-    area: tuple[float, float] = (0.5, 1.0)
-    aspect: float = 1.25
-    reach: float = 0.125
-    whole: float = 0.5
-    flip: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not self.sizes or min(self.sizes) < 1:
-            raise InvalidInput(f"sizes is {self.sizes}; it must be one or more sides of at least 1", "sizes")
-        if self.size_weights and (
-            len(self.size_weights) != len(self.sizes) or min(self.size_weights) < 0 or not sum(self.size_weights)
-        ):
-            raise InvalidInput(
-                f"size_weights is {self.size_weights}; it must hold one weight of at least 0 per size "
-                f"({len(self.sizes)}), not all 0",
-                "size_weights",
-            )
-        if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise InvalidInput(f"area is {self.area}; it must be 0 < low <= high <= 1", "area")
-        if self.aspect < 1:
-            raise InvalidInput(f"aspect is {self.aspect}; it must be at least 1", "aspect")
-        for name in ("reach", "whole", "flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InvalidInput(f"{name} is {getattr(self, name)}; it must be between 0 and 1", name)
-
-    def draw_size(self, rng: np.random.Generator) -> int:
-        """The side of one batch's images."""
-        if not self.size_weights:
-            return int(rng.choice(self.sizes))
-        weights = np.asarray(self.size_weights)
-        return int(rng.choice(self.sizes, p=weights / weights.sum()))
 
 
 def random_crop(pixels: Pixels, size: int, how: Augmentation, rng: np.random.Generator) -> Tensor:

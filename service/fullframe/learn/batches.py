@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fullframe.learn.augment import Augmentation, random_crop
+from fullframe.learn.augment import random_crop
 from fullframe.learn.data import Image
+from fullframe.learn.settings import Recipe
 
 VALIDATION_PIXELS = 1 << 20
 
@@ -18,30 +20,50 @@ Batch = tuple[Tensor, Tensor]
 """uint8 [N, 3, H, W] and int64 labels [N]."""
 
 
-def training_batches(
-    images: Sequence[Image], batch_size: int, how: Augmentation, seed: int, epoch: int, first: int = 0
-) -> Iterator[Batch]:
-    """An epoch's batches from the one numbered `first`, each prepared while its predecessor is worked on.
+Plan = list[tuple[int, NDArray[np.int64]]]
+"""Each batch's side in pixels and its images' indices."""
 
-    They depend on (seed, epoch, number) alone, so an epoch can be taken up anywhere. The last images of the order,
-    too few for a batch, are left out.
+
+def epoch_plan(count: int, recipe: Recipe, epoch: int) -> Plan:
+    """How an epoch shares `count` images out: each once, in an order that depends on (seed, epoch) alone.
+
+    The last images of the order, too few for a batch, are left out.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(len(images))
-    count = len(images) // batch_size
+    rng = np.random.default_rng((recipe.seed, epoch))
+    order = rng.permutation(count)
+    full = min(recipe.batch_size, count)
+    plan: Plan = []
+    first = 0
+    while True:
+        side = recipe.augmentation.draw_size(rng)
+        size = min(full, max(2, recipe.batch_pixels // side**2)) if recipe.batch_pixels else full
+        if first + size > count:
+            return plan
+        plan.append((side, order[first : first + size]))
+        first += size
+
+
+def training_batches(
+    images: Sequence[Image], plan: Plan, recipe: Recipe, epoch: int, first: int = 0
+) -> Iterator[Batch]:
+    """The plan's batches from the one numbered `first`, each prepared while its predecessor is worked on.
+
+    They depend on (seed, epoch, number) alone, so an epoch can be taken up anywhere.
+    """
 
     def prepare(number: int) -> Batch:
-        rng = np.random.default_rng((seed, epoch, number + 1))  # with a 0 it would be the order's generator again
-        side = how.draw_size(rng)
-        chosen = [images[index] for index in order[number * batch_size : (number + 1) * batch_size]]
-        crops = [random_crop(image.pixels(), side, how, rng) for image in chosen]
+        rng = np.random.default_rng((recipe.seed, epoch, number + 1))  # with a 0 it would be the plan's generator
+        side, indices = plan[number]
+        chosen = [images[index] for index in indices]
+        crops = [random_crop(image.pixels(), side, recipe.augmentation, rng) for image in chosen]
         return torch.stack(crops), torch.tensor([image.label for image in chosen])
 
     with ThreadPoolExecutor(1) as worker:
-        upcoming = worker.submit(prepare, first) if first < count else None
-        for number in range(first + 1, count + 1):
+        upcoming = worker.submit(prepare, first) if first < len(plan) else None
+        for number in range(first + 1, len(plan) + 1):
             assert upcoming is not None
             batch = upcoming.result()
-            upcoming = worker.submit(prepare, number) if number < count else None
+            upcoming = worker.submit(prepare, number) if number < len(plan) else None
             yield batch
 
 

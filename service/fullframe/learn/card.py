@@ -1,61 +1,50 @@
 """A model's card in Markdown, written from what its file says of itself."""
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from fullframe.errors import InvalidModel
-from fullframe.learn.augment import Augmentation
-from fullframe.learn.nets import NetConfig
-from fullframe.learn.recipe import Recipe
+from fullframe.learn.options import spelled
+from fullframe.learn.settings import Augmentation, NetConfig, Recipe
 from fullframe.model.contract import Contract
 
-_NO_OPTION = {"classes", "mean", "std", "augmentation", "size_weights"}
 
-
-def recipe_command(source: str, net: NetConfig, recipe: Recipe) -> str:
+def recipe_command(source: str, net: NetConfig, recipe: Recipe, out: str = "RUN", init: str = "") -> str:
     """The `fullframe train` command of these settings; options at their default are left out."""
-    words = ["fullframe train", source, "--out RUN"]
+    words = ["fullframe train", source, f"--out {out}", *([f"--init {init}"] if init else [])]
     for settings, default in (
         (net, NetConfig(net.classes)),
         (recipe, Recipe()),
         (recipe.augmentation, Augmentation()),
     ):
-        for option in fields(settings):
-            if option.name not in _NO_OPTION:
-                value, usual = (_spelled(each, option.name) for each in (settings, default))
-                if value != usual:
-                    words.append(f"--{option.name.replace('_', '-')} {value}")
+        usual = spelled(default)
+        words += [
+            f"--{name.replace('_', '-')} {value}".removesuffix(" True")
+            for name, value in spelled(settings).items()
+            if value != usual[name]
+        ]
     return " ".join(words)
 
 
-def _spelled(settings: Any, name: str) -> str:
-    """A setting as its option takes it: "1,3,3", or for sizes with weights "24:15,32:50"."""
-    value = getattr(settings, name)
-    if name == "sizes" and settings.size_weights:
-        pairs = zip(value, settings.size_weights, strict=True)
-        return ",".join(f"{size}:{weight:g}" for size, weight in pairs)
-    return ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else str(value)
-
-
-def model_card(model: Path, about: str = "", curve: str = "") -> str:
+def model_card(model: Path, about: str = "", curve: str = "", confusion: str = "") -> str:
     """The card of an exported file.
 
     Args:
         model: written by `fullframe export`; raises InvalidModel for others.
         about: a sentence on the data.
-        curve: the training curve's picture, relative to the card.
+        curve, confusion: the training curve's and the confusion matrix's pictures, relative to the card.
     """
     metadata = {entry.key: entry.value for entry in onnx.load(model).metadata_props}
     contract = Contract.from_metadata(metadata)
     facts = contract.training
     if missing := {"net", "recipe", "data", "parameters", "multiply_adds_per_pixel"} - set(facts):
         raise InvalidModel(f"the file has no training record of {', '.join(sorted(missing))}")
-    net, recipe = NetConfig.from_json(facts["net"]), Recipe.from_json(facts["recipe"])
     parts = [
-        f"# {contract.name}\n\nA fully convolutional, Inception-style classifier of {len(contract.labels)} classes: "
+        f"# {contract.name}\n\nA fully convolutional classifier of {len(contract.labels)} classes: "
         f"{', '.join(contract.labels)}. The figures are those in the file's metadata.",
         _table(
             {
@@ -70,7 +59,10 @@ def model_card(model: Path, about: str = "", curve: str = "") -> str:
             }
         ),
         _accuracy(facts),
-        f"## Training\n\n{about}\n\n{_training(facts, recipe_command(facts['data']['source'], net, recipe))}",
+        f"![per cent of each class's images by answer]({confusion})" if confusion else "",
+        _neighbours(facts),
+        _photographs(facts),
+        f"## Training\n\n{about}\n\n{_training(facts)}",
         f"![loss and accuracy by epoch]({curve})" if curve else "",
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
@@ -93,6 +85,36 @@ def _accuracy(facts: Any) -> str:
     )
 
 
+def _neighbours(facts: Mapping[str, Any]) -> str:
+    if "neighbours" not in facts:
+        return ""
+    found = facts["neighbours"]
+    by_pooling = found["by_pooling"]
+    sizes = list(next(iter(by_pooling.values())))
+    return (
+        f"## Features\n\nHow often most of the {found['k']} training images nearest by cosine are of an image's class, "
+        f"the {found['bank']:,} training images at their own size, the others resized.\n\n"
+        f"| pooling, % | {' | '.join(_side(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
+        + "\n".join(
+            f"| {pooling} | {' | '.join(f'{100 * value:.2f}' for value in values.values())} |"
+            for pooling, values in by_pooling.items()
+        )
+    )
+
+
+def _photographs(facts: Mapping[str, Any]) -> str:
+    if "photographs" not in facts:
+        return ""
+    parts = ["## Photographs\n\nOf another origin, never trained or tuned on, by the scale of their sides."]
+    for group in facts["photographs"]:
+        scales = group["by_scale"]
+        parts.append(
+            f"{group['about']}\n\n| scale | {' | '.join(scales)} |\n|---|{'---|' * len(scales)}\n"
+            f"| {group['figure']} | {' | '.join(scales.values())} |"
+        )
+    return "\n\n".join(parts)
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
@@ -101,11 +123,40 @@ def _side(size: str) -> str:
     return "own" if size == "0" else size
 
 
-def _training(facts: Any, command: str) -> str:
+def _training(facts: Mapping[str, Any]) -> str:
     data = facts["data"]
+    runs = _runs(facts)
+    steps = [
+        f"{run['epochs']} epoch{'s' if run['epochs'] > 1 else ''} took {_duration(run['seconds'])} "
+        f"on {run['device']} with torch {run['torch']}"
+        for run in runs
+    ]
+    commands = [
+        recipe_command(
+            run["data"]["source"],
+            NetConfig.from_json(run["net"]),
+            _as_run(Recipe.from_json(run["recipe"]), run["epochs"]),
+            _folder(number, len(runs)),
+            _folder(number - 1, len(runs)) if number else "",
+        )
+        for number, run in enumerate(runs)
+    ]
     return (
         f"{data['train_images']:,} images to train on, {data['validation_images']:,} held out, used for nothing but "
-        f"the curve and the table. {facts['epochs']} epochs took {_duration(facts['seconds'])} on "
-        f"{facts['device']} with torch {facts['torch']}; the last epoch's averaged weights are the ones here.\n\n"
-        f"```\n{command}\n```"
+        f"the curve and the table. {', then '.join(steps)}; the last epoch's averaged weights are the ones here.\n\n"
+        "```\n" + "\n".join(commands) + "\n```"
     )
+
+
+def _runs(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs that led to the weights, the first one first."""
+    return [*(_runs(facts["init"]) if "init" in facts else []), facts]
+
+
+def _as_run(recipe: Recipe, epochs: int) -> Recipe:
+    """The recipe with the epochs that were run: with a constant rate, stopping early is a shorter run."""
+    return replace(recipe, epochs=epochs) if recipe.schedule == "constant" else recipe
+
+
+def _folder(number: int, runs: int) -> str:
+    return f"RUN{number + 1}" if runs > 1 else "RUN"

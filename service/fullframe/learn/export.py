@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fullframe.errors import InvalidModel
 from fullframe.learn.checkpoint import write_atomically
 from fullframe.learn.nets import Net
-from fullframe.learn.recipe import Recipe
+from fullframe.learn.settings import Recipe
 from fullframe.learn.train import load_run
 from fullframe.model.contract import (
     INPUT,
@@ -181,19 +181,23 @@ def export_run(run: Path, output: Path, name: str) -> tuple[Contract, float]:
     """
     net, settings, progress = load_run(run)
     recipe = Recipe.from_json(settings["recipe"])
-    history = progress["history"]
-    training = {
-        "data": {key: settings[key] for key in ("source", "train_images", "validation_images")},
-        "net": settings["net"],
-        "recipe": settings["recipe"],
-        "epochs": progress["epoch"],
-        "seconds": round(sum(row["seconds"] for row in history)),
-        "torch": settings["torch"],
-        "device": settings["device"],
-    }
+    training = _training_record(settings, progress["history"])
     model = build_graph(net, recipe)
     contract = describe(model, net, name=name, recipe=recipe, labels=settings["labels"], training=training)
     return contract, write_model(model, net, recipe, output)
+
+
+def _training_record(settings: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What the file says of its training: this run, and under "init" the one whose weights it began with."""
+    record = {
+        "data": {key: settings[key] for key in ("source", "train_images", "validation_images")},
+        **{key: settings[key] for key in ("net", "recipe", "torch", "device")},
+        "epochs": len(history),
+        "seconds": round(sum(row["seconds"] for row in history)),
+    }
+    if init := settings.get("init"):
+        record["init"] = _training_record(init["settings"], init["history"])
+    return record
 
 
 def add_training_facts(path: Path, facts: Mapping[str, Any]) -> None:

@@ -1,15 +1,17 @@
-"""The training curve as a picture."""
+"""The training curve and the confusion matrix as pictures."""
 
 import io
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
 
 
 def plot_history(history: Sequence[dict[str, float]]) -> bytes:
-    """A PNG of loss and accuracy by epoch, from the rows of a run's log."""
-    epochs = [row["epoch"] for row in history]
+    """A PNG of loss and accuracy by epoch, from the rows of a run's log or of several, one after the other."""
+    epochs = range(1, len(history) + 1)
     figure = Figure(figsize=(8, 3.2), dpi=100, layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for axes, title, train, validation in (
@@ -37,6 +39,27 @@ def plot_history(history: Sequence[dict[str, float]]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return _png(figure)
+
+
+def plot_confusion(counts: NDArray[np.int64], labels: Sequence[str]) -> bytes:
+    """A PNG of how often each class (row) was taken for each (column), in per cent of the row's images."""
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = 1.5 + 0.45 * len(labels)
+    figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for row, column in np.ndindex(*shares.shape):
+        if shares[row, column] >= 0.5:
+            colour = "white" if shares[row, column] > 50 else "black"
+            axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=colour, size=8)
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="answer", ylabel="image")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", pil_kwargs={"optimize": True})
     return picture.getvalue()

@@ -1,6 +1,7 @@
 """The training loop: batches in, a run folder with checkpoint, log and plot out."""
 
 import csv
+import hashlib
 import io
 import json
 import signal
@@ -8,9 +9,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fullframe.errors import InvalidInput
-from fullframe.learn.batches import training_batches, validation_batches
+from fullframe.learn.batches import Batch, epoch_plan, training_batches, validation_batches
 from fullframe.learn.checkpoint import (
     FILE,
     load_checkpoint,
@@ -31,16 +34,17 @@ from fullframe.learn.checkpoint import (
     write_atomically,
 )
 from fullframe.learn.data import ImageSet
-from fullframe.learn.nets import Net, NetConfig
+from fullframe.learn.nets import Net
 from fullframe.learn.plot import plot_history
-from fullframe.learn.recipe import Recipe
+from fullframe.learn.replicas import gather, replica_of, threads_of_operators
+from fullframe.learn.settings import POOLINGS, NetConfig, Recipe
 
 SETTINGS = "run.json"
 LOG = "log.csv"
 PLOT = "curve.png"
 COLUMNS = ("epoch", "learning_rate", "loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds")
 Row = dict[str, float]  # of the log; its keys are COLUMNS
-_MAY_DIFFER = {"torch", "device", "source", "validation_share"}  # the images themselves are compared
+_MAY_DIFFER = {"torch", "device", "pooling", "source", "validation_share"}  # the images themselves are compared
 
 
 class Interrupted(Exception):
@@ -49,10 +53,11 @@ class Interrupted(Exception):
 
 @dataclass
 class Progress:
-    """Where a run stands: whole epochs done, steps of the next one, and that one's sums."""
+    """Where a run stands: whole epochs done, steps done of the next one's, and that one's sums."""
 
     epoch: int = 0
     step: int = 0
+    steps: int = 0
     loss: float = 0.0
     correct: int = 0
     seen: int = 0
@@ -67,25 +72,50 @@ class Trainer:
     checkpoint goes on as if it had not stopped; on a CPU with as many threads, bit for bit.
     """
 
-    def __init__(self, run: Path, net: NetConfig, recipe: Recipe, images: ImageSet, device: str = "auto") -> None:
+    def __init__(
+        self,
+        run: Path,
+        net: NetConfig,
+        recipe: Recipe,
+        images: ImageSet,
+        device: str = "auto",
+        init: Path | None = None,
+        pooling: str = "torch",
+    ) -> None:
+        """Nothing is written before `open`; `init` is a run whose averaged weights this one begins with.
+
+        With pooling "fused", the pools are fusedpool's.
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if len(images.train) < recipe.batch_size:
-            raise InvalidInput(
-                f"batch_size is {recipe.batch_size}, but there are {len(images.train)} training images; "
-                "it must be no more than that",
-                "batch_size",
-            )
+        if len(images.train) < 2:
+            raise InvalidInput("there is one training image; it takes two or more", "data")
+        if pooling not in POOLINGS:
+            raise InvalidInput(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}", "pooling")
         self.run, self.recipe, self.images = run, recipe, images
         self.device = torch.device(device)
         torch.manual_seed(recipe.seed)
-        self.net = Net(net).to(self.device)
+        self.net, self.pooling = Net(net), pooling
+        if pooling == "fused":
+            from fullframe.learn.pools import fuse_pools  # only those who ask for it need fusedpool
+
+            fuse_pools(self.net)
+        self.init = None if init is None else _begin_with(self.net, init)
+        if recipe.frozen_body:
+            for name, parameter in self.net.named_parameters():
+                parameter.requires_grad_(name.startswith(("classifier.", "gate.")))
+        self.net.to(self.device)
         nn.utils.convert_conv2d_weight_memory_format(self.net, torch.channels_last)
         self.ema = deepcopy(self.net).eval().requires_grad_(False)
         self.optimizer = _optimizer(self.net, recipe)
         self.progress = Progress()
         self.stopping = False
-        self.steps = len(images.train) // recipe.batch_size
+        # Threads that share each operator wait for one another hundreds of times a step, and badly on a busy
+        # machine; threads that share the batch wait once. Dropout draws from one generator, so it has one thread.
+        alone = self.device.type != "cpu" or net.dropout > 0
+        self._threads = 1 if alone else torch.get_num_threads()
+        self._workers = ThreadPoolExecutor(self._threads)
+        self._replicas = [self.net]
         self._mean = torch.tensor(recipe.mean, device=self.device).view(3, 1, 1) * 255
         self._std = torch.tensor(recipe.std, device=self.device).view(3, 1, 1) * 255
 
@@ -137,7 +167,7 @@ class Trainer:
             log.writeheader()
             log.writerows(self.progress.history)
             write_atomically(self.run / LOG, text.getvalue().encode())
-            write_atomically(self.run / PLOT, plot_history(self.progress.history))
+            write_atomically(self.run / PLOT, plot_history([*_rows_before(self.init), *self.progress.history]))
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -151,12 +181,13 @@ class Trainer:
             "validation_images": len(self.images.validation),
             "torch": torch.__version__,
             "device": self._device_name(),
-        }
+            "pooling": self.pooling,
+        } | ({} if self.init is None else {"init": self.init})
 
     def _device_name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        threads = torch.get_num_threads()
+        threads = self._threads
         return f"{threads} CPU thread{'s' if threads > 1 else ''}"
 
     # -- work
@@ -167,7 +198,7 @@ class Trainer:
         on_epoch: Callable[[Row], None] = lambda _: None,
     ) -> list[Row]:
         """Train to the last epoch, saving after each; returns the log. SIGINT or SIGTERM saves, then Interrupted."""
-        with self._signals():
+        with self._signals(), threads_of_operators(1 if self._threads > 1 else torch.get_num_threads()):
             while self.progress.epoch < self.recipe.epochs:
                 self._train_epoch(on_step)
                 self._close_epoch()
@@ -178,13 +209,13 @@ class Trainer:
     def _train_epoch(self, on_step: Callable[[Progress], None]) -> None:
         progress = self.progress
         self.net.train()
-        if progress.epoch >= self.recipe.epochs - self.recipe.frozen_norm_epochs:
+        if self.recipe.frozen_body or progress.epoch >= self.recipe.epochs - self.recipe.frozen_norm_epochs:
             self._freeze_norms()
+        self._replicas = [self.net, *(replica_of(self.net) for _ in range(1, self._threads))]
         clock = time.perf_counter()
-        recipe = self.recipe
-        for images, labels in training_batches(
-            self.images.train, recipe.batch_size, recipe.augmentation, recipe.seed, progress.epoch, progress.step
-        ):
+        plan = epoch_plan(len(self.images.train), self.recipe, progress.epoch)
+        progress.steps = len(plan)
+        for images, labels in training_batches(self.images.train, plan, self.recipe, progress.epoch, progress.step):
             loss, correct = self._step(images, labels)
             progress.step += 1
             progress.loss += loss * len(labels)
@@ -201,25 +232,35 @@ class Trainer:
         """One update; returns the batch's mean loss and how many it had right."""
         progress, recipe = self.progress, self.recipe
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(progress.epoch + (progress.step + 1) / self.steps)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            logits = self.net(self._normalise(images))
-        labels = labels.to(self.device)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+            group["lr"] = recipe.learning_rate_at(progress.epoch + (progress.step + 1) / progress.steps)
+        replicas = self._replicas[: max(1, len(labels) // 2)]  # two images or more each (batch norm)
+        count = len(replicas)
+        shares = replicas, images.tensor_split(count), labels.tensor_split(count), [len(labels)] * count
+        results = list(self._workers.map(self._share, *shares))
+        if count > 1:
+            gather(replicas)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
         self.optimizer.step()
-        self._average(progress.epoch * self.steps + progress.step)
-        value = loss.item()
+        self._average(progress.epoch * progress.steps + progress.step)
+        value = sum(loss for loss, _ in results) / len(labels)
         if not np.isfinite(value):
             raise InvalidInput(
                 f"the loss became {value} in epoch {progress.epoch + 1}; a lower learning rate, a longer warm-up "
                 "or clipping would be right",
                 "learning_rate",
             )
-        return value, int((logits.argmax(1) == labels).sum())
+        return value, sum(correct for _, correct in results)
+
+    def _share(self, net: Net, images: Tensor, labels: Tensor, count: int) -> tuple[float, int]:
+        """A replica's gradients on its share of a batch of `count`; returns the summed loss and how many are right."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = net(self._normalise(images))
+        labels = labels.to(self.device)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing, reduction="sum")
+        net.zero_grad(set_to_none=True)
+        (loss / count).backward()  # type: ignore[no-untyped-call]
+        return loss.item(), int((logits.argmax(1) == labels).sum())
 
     def _freeze_norms(self) -> None:
         """Let batch norms use the averaged statistics from here on."""
@@ -254,18 +295,23 @@ class Trainer:
         }
         self.progress = Progress(epoch=progress.epoch, history=[*progress.history, row])
 
-    @torch.no_grad()
     def validate(self) -> tuple[float, float]:
         """Loss and accuracy of the averaged weights on the validation images; NaN where there are none."""
-        loss, correct = 0.0, 0
-        for images, labels in validation_batches(self.images.validation, max(self.recipe.augmentation.sizes)):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-                logits = self.ema(self._normalise(images)).float()
-            labels = labels.to(self.device)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += int((logits.argmax(1) == labels).sum())
+        batches = validation_batches(self.images.validation, max(self.recipe.augmentation.sizes))
+        results: list[tuple[float, int]] = []
+        while some := list(islice(batches, self._threads)):
+            results += self._workers.map(self._judge, some)
         count = len(self.images.validation) or float("nan")
-        return loss / count, correct / count
+        return sum(loss for loss, _ in results) / count, sum(correct for _, correct in results) / count
+
+    @torch.no_grad()
+    def _judge(self, batch: Batch) -> tuple[float, int]:
+        """The averaged weights' summed loss on a batch, and how many they have right."""
+        images, labels = batch
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = self.ema(self._normalise(images)).float()
+        labels = labels.to(self.device)
+        return F.cross_entropy(logits, labels, reduction="sum").item(), int((logits.argmax(1) == labels).sum())
 
     def _normalise(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] on any device to normalised float32, channels last, on the run's."""
@@ -302,16 +348,42 @@ def read_settings(run: Path) -> dict[str, Any]:
 def load_run(run: Path) -> tuple[Net, dict[str, Any], dict[str, Any]]:
     """A run's averaged network in evaluation mode, its settings, and its progress."""
     settings = read_settings(run)
-    if not (run / FILE).exists():
-        raise InvalidInput(f"{run} has no checkpoint yet; it has one after the first epoch", "run")
-    tensors, progress = load_checkpoint(run / FILE)
+    weights, progress = _averaged_weights(run)
     net = Net(NetConfig.from_json(settings["net"]))
-    weights = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise InvalidInput(f"{run} holds no weights for the network that its {SETTINGS} describes", "run") from error
     return net.eval(), settings, progress
+
+
+def _averaged_weights(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a run's averaged network, and the run's progress."""
+    if not (run / FILE).exists():
+        raise InvalidInput(f"{run} has no checkpoint yet; it has one after the first epoch", "run")
+    tensors, progress = load_checkpoint(run / FILE)
+    return {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}, progress
+
+
+def _begin_with(net: Net, run: Path) -> dict[str, Any]:
+    """Give the net another run's averaged weights wherever names and shapes agree; returns that run's record.
+
+    Raises InvalidInput where the run has none that fit.
+    """
+    settings = read_settings(run)
+    weights, progress = _averaged_weights(run)
+    own = net.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    if not fitting.keys() & dict(net.body.named_parameters(prefix="body")).keys():
+        raise InvalidInput(f"{run} holds no weights that fit this network", "init")
+    net.load_state_dict(own | fitting)
+    digest = hashlib.sha256((run / FILE).read_bytes()).hexdigest()
+    return {"settings": settings, "history": progress["history"], "checkpoint": digest}
+
+
+def _rows_before(init: dict[str, Any] | None) -> list[Row]:
+    """The logs of the runs that led to the first weights, the earliest first."""
+    return [*_rows_before(init["settings"].get("init")), *init["history"]] if init else []
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
@@ -330,9 +402,10 @@ def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") 
 
 def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer; biases and batch norm have no weight decay."""
+    trained = [p for p in net.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, recipe.learning_rate, momentum=0.9, nesterov=True, foreach=True)

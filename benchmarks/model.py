@@ -1,0 +1,156 @@
+"""A model's figures on CIFAR-10 and on photographs: into its file, its card and the card's pictures.
+
+    python -m benchmarks.model MODEL.onnx --data cifar10.tar.xz [--photos photos.tar] [--sizes 24,32,40,48,64,96,128]
+
+MODEL.onnx was written by `fullframe export`. The data is a folder or tar of train/CLASS/ and test/CLASS/ images, as
+`fullframe train` takes it. The photographs are files named ..._LABEL.JPEG after one of CLASSES below, in a folder or
+tar; others are passed over. Beside them the cat of the `demo` extra is asked for at half, own and double size.
+Writes MODEL.md and MODEL-confusion.png; MODEL-curve.png, of the training, is left as it is.
+"""
+
+import argparse
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skimage.data
+from rich.console import Console
+from rich.progress import Progress
+
+from fullframe.engine.ort import OrtEngine
+from fullframe.learn.card import model_card
+from fullframe.learn.checkpoint import write_atomically
+from fullframe.learn.data import ImageSet, Pixels, decode, load_images
+from fullframe.learn.evaluate import ask, neighbour_accuracy, resize_shorter_side
+from fullframe.learn.export import add_training_facts
+from fullframe.learn.plot import plot_confusion
+
+CLASSES = {
+    "airplane": ("warplane",),
+    "automobile": ("convertible", "racer"),
+    "bird": (*("cock", "robin", "vulture", "African_grey", "jacamar", "white_stork", "limpkin", "oystercatcher"),),
+    "dog": (
+        *("Chihuahua", "Rhodesian_ridgeback", "English_foxhound", "otterhound", "Kerry_blue_terrier", "Airedale"),
+        *("Scotch_terrier", "golden_retriever", "Brittany_spaniel", "schipperke", "collie", "Bernese_mountain_dog"),
+        *("Saint_Bernard", "Leonberg", "Pembroke"),
+    ),
+    "frog": ("tree_frog",),
+    "ship": ("trimaran",),
+}
+"""Which ImageNet labels are which class. Left out: wild cats, antelopes, wolves and foxes, parts of cars, vans."""
+POOLINGS = ("avg", "max", "gem(3)", "avg@1,2")
+NEIGHBOURS = 20
+NEIGHBOUR_SIZES = (32, 64, 128)
+CONFUSION_SIZE = 32
+ABOUT = (
+    "CIFAR-10 (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009) as JPEG of quality 75: "
+    "photographs of 32 x 32 pixels, each filled by one object; the test images are the ones held out. Whatever a "
+    "picture shows, the model names one of its ten classes."
+)
+
+
+Tick = Callable[[], None]
+Facts = dict[str, Any]
+
+
+def measure(model: Path, images: ImageSet, every: int, sizes: Sequence[int], tick: Tick) -> Facts:
+    """Top-1 accuracy and nearest-neighbour accuracy of each pooling by size; draws the confusions beside the model."""
+    bank, held_out = images.train[::every], images.validation[::every]
+    classes, truth = (np.array([image.label for image in each]) for each in (bank, held_out))
+    known = ask(model, bank, images.labels, 0, POOLINGS, tick).pooled
+    by_size: dict[str, float] = {}
+    by_pooling: dict[str, dict[str, float]] = {pooling: {} for pooling in POOLINGS}
+    for size in sizes:
+        poolings = POOLINGS if size in NEIGHBOUR_SIZES else ()
+        answers = ask(model, held_out, images.labels, size, poolings, tick)
+        by_size[str(size)] = float((answers.classes == truth).mean())
+        for pooling, vectors in answers.pooled.items():
+            right = neighbour_accuracy(known[pooling], classes, vectors, truth, NEIGHBOURS)
+            by_pooling[pooling][str(size)] = right
+        if size == CONFUSION_SIZE:
+            counts = np.zeros((len(images.labels),) * 2, np.int64)
+            np.add.at(counts, (truth, answers.classes), 1)
+            write_atomically(beside(model, "confusion"), plot_confusion(counts, images.labels))
+    return {
+        "accuracy": {"images": len(held_out), "by_size": by_size},
+        "neighbours": {"k": NEIGHBOURS, "bank": len(bank), "by_pooling": by_pooling},
+    }
+
+
+def photographs(model: Path, photos: Path | None) -> Iterator[Facts]:
+    """What the model says of the cat, and how often it is right on labelled photographs, by scale."""
+    engine = OrtEngine(model)
+
+    def answer(pixels: Pixels, scale: float) -> tuple[str, float]:
+        resized = resize_shorter_side(pixels, max(1, round(min(pixels.shape[:2]) * scale)))
+        logits = engine.run(resized, ["logits"])["logits"].astype(np.float64)
+        shares = np.exp(logits - logits.max())
+        return engine.contract.labels[logits.argmax()], float(shares.max() / shares.sum())
+
+    cat = skimage.data.chelsea()  # type: ignore[no-untyped-call]
+    named = {str(scale): "{} ({:.2f})".format(*answer(cat, scale)) for scale in (0.5, 1.0, 2.0)}
+    yield {"about": "A cat, `skimage.data.chelsea()`, 451 x 300 pixels.", "figure": "answer", "by_scale": named}
+    if photos is None:
+        return
+    classes = {label: name for name, labels in CLASSES.items() for label in labels}
+    shown = [(decode(data), classes[label]) for label, data in sorted(labelled(photos)) if label in classes]
+    right = {
+        str(scale): f"{100 * np.mean([answer(pixels, scale)[0] == name for pixels, name in shown]):.1f}"
+        for scale in (0.25, 0.5, 1.0)
+    }
+    counts = {name: sum(1 for _, found in shown if found == name) for name in CLASSES}
+    about = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
+    yield {
+        "about": f"{len(shown)} ImageNet photographs whose label falls into a class: {about}.",
+        "figure": "accuracy, %",
+        "by_scale": right,
+    }
+
+
+def labelled(photos: Path) -> Iterator[tuple[str, bytes]]:
+    """The label and the bytes of each file named WNID_LABEL.SUFFIX in a folder or tar."""
+
+    def label(name: str) -> str:
+        return Path(name).stem.partition("_")[2]
+
+    if photos.is_dir():
+        yield from ((label(file.name), file.read_bytes()) for file in photos.rglob("*") if file.is_file())
+        return
+    with tarfile.open(photos) as archive:
+        for member in archive:
+            if content := archive.extractfile(member):
+                yield label(member.name), content.read()
+
+
+def beside(model: Path, what: str) -> Path:
+    """The path of one of the card's pictures."""
+    return model.with_name(f"{model.stem}-{what}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--sizes", default="24,32,40,48,64,96,128")
+    parser.add_argument("--note", default="", help="what else the card says of the training")
+    parser.add_argument("--every", type=int, default=1, help="take one in so many images, for a trial")
+    options = parser.parse_args()
+    images = load_images(options.data)
+    sizes = [int(size) for size in options.sizes.split(",")]
+    model: Path = options.model
+    with Progress(console=Console(stderr=True)) as bars:
+        total = (len(sizes) * len(images.validation) + len(images.train)) // options.every
+        bar = bars.add_task(model.name, total=total)
+        facts = measure(model, images, options.every, sizes, lambda: bars.advance(bar))
+    add_training_facts(model, facts | {"photographs": list(photographs(model, options.photos))})
+    pictures = [beside(model, what).name for what in ("curve", "confusion")]
+    write_atomically(
+        model.with_suffix(".md"), model_card(model, f"{ABOUT}\n\n{options.note}".strip(), *pictures).encode()
+    )
+
+
+if __name__ == "__main__":
+    main()
