@@ -19,6 +19,7 @@ from fusedpool.arguments import Window
 from fusedpool.kinds import KINDS, combine, exponential, finish, finish_aux, gradient, identity, lift
 from fusedpool.operators import Outputs
 from fusedpool.prologue import activate, activate_derivative, load_affine
+from fusedpool.runtime import pointer, present
 
 # A new image size must not compile anything: only channels, types and the window are compiled in.
 _SIZES: Final = ["ROWS", "H", "W", "OH", "OW", "x_n", "x_c", "x_h", "x_w", "g_n", "g_c", "g_h", "g_w"]
@@ -257,15 +258,6 @@ class Norm(NamedTuple):
     slope: Tensor | None = None
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer is needed even where none is followed."""
-    return other if tensor is None else tensor
-
-
-def _has(**tensors: Tensor | None) -> dict[str, bool]:
-    return {f"HAS_{name.upper()}": tensor is not None for name, tensor in tensors.items()}
-
-
 def _constants(window: Window) -> dict[str, int]:
     w = window
     return {
@@ -305,11 +297,12 @@ def launch_forward(
     top, left = tables or (y, y)
     tile.launch(
         _forward,
-        *(x, _or(scale, x), _or(shift, x), _or(param, x), _or(seed, x), top, left, y, winner, aux, index),
+        *(x, pointer(scale, x), pointer(shift, x), pointer(param, x), pointer(seed, x), top, left),
+        *(y, winner, aux, index),
         *(tile.rows, x.shape[1], x.shape[2], x.shape[3], *size, *strides.outer, strides.inner, p),
         KIND=kind,
         ACTIVATION=activation,
-        **_has(scale=scale, shift=shift, param=param),
+        **present(scale=scale, shift=shift, param=param),
         TABLE=bool(tables),
         SAVE_WINNER=winner.dim() == 4,
         SAVE_AUX=aux.dim() == 4,
@@ -367,13 +360,13 @@ def launch_backward(
     top, left, first_h, first_w = tables or (dx,) * 4
     tile.launch(
         _backward,
-        *(g, _or(x, g), _or(y, g), winner, aux, _or(scale, g), _or(shift, g), _or(param, g)),
-        *(top, left, first_h, first_w, dx, partials, *(_or(t, g) for t in norm or (None,) * 3)),
+        *(g, pointer(x, g), pointer(y, g), winner, aux, pointer(scale, g), pointer(shift, g), pointer(param, g)),
+        *(top, left, first_h, first_w, dx, partials, *(pointer(t, g) for t in norm or (None,) * 3)),
         *(tile.rows, g.shape[1], *size, g.shape[2], g.shape[3], *x_strides.outer, x_strides.inner),
         *(*g_strides.outer, g_strides.inner, p),
         KIND=kind,
         ACTIVATION=activation,
-        **_has(scale=scale, shift=shift, param=param, x=x, y=y),
+        **present(scale=scale, shift=shift, param=param, x=x, y=y),
         TABLE=bool(tables),
         HAS_WINNER=known.winner,
         HAS_AUX=known.aux and not known.learnable,

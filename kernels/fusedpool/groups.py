@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fusedpool import operators, runtime
 from fusedpool._triton import tl, triton
-from fusedpool.cells import _has, _or
 from fusedpool.kinds import (
     KINDS,
     combine,
@@ -30,6 +29,7 @@ from fusedpool.kinds import (
 )
 from fusedpool.operators import Outputs
 from fusedpool.prologue import activate, activate_derivative, load_affine
+from fusedpool.runtime import pointer, present
 
 # A new image size must not compile anything: only channels and types are compiled in, and what W is a multiple of.
 _SIZES: Final = ["ROWS", "H", "W", "x_n", "x_c", "x_h", "x_w", "g_n", "g_c", "g_h", "g_w"]
@@ -275,11 +275,11 @@ def launch_forward(
     width_align = 1 if last else runtime.alignment((x.shape[3],))
     tile.launch(
         _forward,
-        *(x, _or(scale, x), _or(shift, x), _or(param, x), _or(seed, x), y, winner, aux, index),
+        *(x, pointer(scale, x), pointer(shift, x), pointer(param, x), pointer(seed, x), y, winner, aux, index),
         *(tile.rows, x.shape[1], x.shape[2], x.shape[3] // width_align, *strides.outer, strides.inner, p),
         KIND=kind,
         ACTIVATION=activation,
-        **_has(scale=scale, shift=shift, param=param),
+        **present(scale=scale, shift=shift, param=param),
         SAVE_WINNER=winner.dim() == 4,
         SAVE_AUX=aux.dim() == 4,
         SAVE_INDEX=index.dim() == 4,
@@ -330,12 +330,13 @@ def launch_backward(
     width_align = 1 if last else runtime.alignment((dx.shape[3],))
     tile.launch(
         _backward,
-        *(g, _or(x, g), _or(y, g), winner, aux, _or(scale, g), _or(shift, g), _or(param, g), dx, partials),
+        *(g, pointer(x, g), pointer(y, g), winner, aux),
+        *(pointer(scale, g), pointer(shift, g), pointer(param, g), dx, partials),
         *(tile.rows, dx.shape[1], dx.shape[2], dx.shape[3] // width_align, *x_strides.outer, x_strides.inner),
         *(*g_strides.outer, g_strides.inner, p),
         KIND=kind,
         ACTIVATION=activation,
-        **_has(scale=scale, shift=shift, param=param, x=x, y=y),
+        **present(scale=scale, shift=shift, param=param, x=x, y=y),
         HAS_WINNER=known.winner,
         HAS_AUX=known.aux and not known.learnable,
         AFFINE_GRADIENT=affine,

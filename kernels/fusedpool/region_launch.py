@@ -12,6 +12,7 @@ from torch import Tensor
 from fusedpool import operators, region_gradient, region_kernels, runtime
 from fusedpool.kinds import KINDS
 from fusedpool.operators import Outputs
+from fusedpool.runtime import pointer
 
 Mode = Literal["whole", "sized", "grid", "packed"]
 Levels = tuple[tuple[int, int], ...]
@@ -190,7 +191,7 @@ def launch_forward(
     size = 0 if finish else parts
     states = x.new_empty((len(kinds), 3, size, channels), dtype=acc)
     places = x.new_empty((len(kinds), size, channels), dtype=torch.int64 if wide else torch.int32)
-    table, bounds = grid.table if grid else y, _or(bounds, y)
+    table, bounds = grid.table if grid else y, pointer(bounds, y)
     constants = {
         "MODE": mode,
         "KINDS": tuple(kinds),
@@ -209,7 +210,7 @@ def launch_forward(
     _launch(
         region_kernels.partials,
         (parts, channels, tiles.channels),
-        *(x, _or(scale, x), _or(shift, x), _or(param, x), _or(seed, x), bounds, table),
+        *(x, pointer(scale, x), pointer(shift, x), pointer(param, x), pointer(seed, x), bounds, table),
         *(states, places, y, winner, aux, index, samples, channels, seen.height, seen.width),
         *(rectangles, columns, tiles.chunks, tiles.steps, parts, *seen.strides.outer, seen.strides.inner, numbers),
         **constants,
@@ -223,7 +224,7 @@ def launch_forward(
         _launch(
             region_kernels.merge,
             (samples * cells, channels, _MERGED[1]),
-            *(states, places, _or(param, x), bounds, table, y, winner, aux, index),
+            *(states, places, pointer(param, x), bounds, table, y, winner, aux, index),
             *(samples, channels, height, width, cells, rectangles, columns, tiles.chunks, tiles.steps, parts, numbers),
             **constants,
             BM=_MERGED[0],
@@ -272,7 +273,8 @@ def launch_backward(
     _launch(
         region_gradient.backward,
         (parts, channels, tiles.channels),
-        *(g, _or(x, g), _or(y, g), winner, aux, _or(scale, g), _or(shift, g), _or(param, g), _or(bounds, g), dx, sums),
+        *(g, pointer(x, g), pointer(y, g), winner, aux),
+        *(pointer(scale, g), pointer(shift, g), pointer(param, g), pointer(bounds, g), dx, sums),
         *(samples, channels, seen.height, seen.width, cells, tiles.chunks, tiles.steps, parts, samples.bit_length()),
         *(*seen.strides.outer, seen.strides.inner, g_k // g_align, g_n // g_align),
         *(g_c if last else g_c // g_align, g_o // g_align if last else g_o, tuple(float(p) for p in ps)),
@@ -298,11 +300,6 @@ def launch_backward(
         for output, total, given in ((dscale, by_scale, scale), (dshift, by_shift, shift)):
             if given is not None:
                 output.copy_(total)
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer is needed even where none is followed."""
-    return other if tensor is None else tensor
 
 
 def _dense(saved: Tensor, last: bool) -> Tensor:

@@ -175,3 +175,13 @@ class Tile:
                     BC=self.block_columns,
                     num_warps=warps(),
                 )
+
+
+def pointer(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """The tensor, or another in its place: a kernel takes a pointer even where it follows none."""
+    return other if tensor is None else tensor
+
+
+def present(**tensors: Tensor | None) -> dict[str, bool]:
+    """HAS_NAME for each name: whether its tensor is there."""
+    return {f"HAS_{name.upper()}": tensor is not None for name, tensor in tensors.items()}
