@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test lint types proto proto-check check clean
+.PHONY: demo test lint types proto proto-check check model-card clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fullframe demo
@@ -30,6 +30,13 @@ proto-check: $(VENV)/.dev
 	rm -rf build/proto && mkdir -p build/proto
 	$(MAKE) --no-print-directory proto PROTO_OUT=build/proto
 	for f in build/proto/fullframe/v1/*; do diff -u "service/fullframe/v1/$${f##*/}" "$$f" || exit 1; done
+
+# The bundled model's int8 copy and card again, from DATA as `fullframe train` takes it: make model-card DATA=cifar10.tar.xz
+MODEL := service/fullframe/model/bundled/cifar10.onnx
+model-card: $(VENV)/.dev
+	$(if $(DATA),,$(error say where the images are: make model-card DATA=cifar10.tar.xz [PHOTOS=FOLDER]))
+	$(BIN)/fullframe quantize $(MODEL) --calibrate $(DATA) --sizes 24,32,48,64,128 --images 300
+	$(BIN)/python -m benchmarks.model --model $(MODEL) --data $(DATA) $(if $(PHOTOS),--photos $(PHOTOS))
 
 check: lint types proto-check test
 

@@ -1,17 +1,20 @@
 """A model's figures on CIFAR-10 and on photographs: into its file, its card and the card's pictures.
 
-    python -m benchmarks.model MODEL.onnx --data cifar10.tar.xz [--photos photos.tar] [--sizes 24,32,40,48,64,96,128]
+    python -m benchmarks.model --data cifar10.tar.xz [--photos photos.tar] [--model MODEL.onnx] [--sizes 24,32,...]
 
-MODEL.onnx was written by `fullframe export`. The data is a folder or tar of train/CLASS/ and test/CLASS/ images, as
-`fullframe train` takes it. The photographs are files named ..._LABEL.JPEG after one of CLASSES below, in a folder or
-tar; others are passed over. Beside them the cat of the `demo` extra is asked for at half, own and double size.
-Writes MODEL.md and MODEL-confusion.png; MODEL-curve.png, of the training, is left as it is.
+MODEL.onnx was written by `fullframe export`; without, it is the bundled one. The data is a folder or tar of
+train/CLASS/ and test/CLASS/ images, as `fullframe train` takes it. The photographs are files named ..._LABEL.JPEG after
+one of CLASSES below, in a folder or tar; others are passed over. Beside them the cat of the `demo` extra is asked for
+at half, own and double size. Writes MODEL.md, MODEL-confusion.png and MODEL-curve.png. Where
+MODEL.int8.onnx lies beside the model, its accuracy and its time are measured too.
 """
 
 import argparse
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,13 +22,16 @@ import skimage.data
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.recording import append_rows, machine
+from fullframe.convert.metadata import add_training_facts, get_contract, load_model
 from fullframe.engine.ort import OrtEngine
-from fullframe.learn.card import model_card
-from fullframe.learn.checkpoint import write_atomically
+from fullframe.files import write_atomically
+from fullframe.learn.card import history, model_card
 from fullframe.learn.data import ImageSet, Pixels, decode, load_images
-from fullframe.learn.evaluate import ask, neighbour_accuracy, resize_shorter_side
-from fullframe.learn.export import add_training_facts
-from fullframe.learn.plot import plot_confusion
+from fullframe.learn.evaluate import accuracy_by_size, ask, neighbour_accuracy, resize_shorter_side
+from fullframe.learn.plot import plot_confusion, plot_history
+from fullframe.model.contract import FLOAT32
+from fullframe.model.repository import BUNDLED, int8_copy
 
 CLASSES = {
     "airplane": ("warplane",),
@@ -41,6 +47,9 @@ CLASSES = {
 }
 """Which ImageNet labels are which class. Left out: wild cats, antelopes, wolves and foxes, parts of cars, vans."""
 POOLINGS = ("avg", "max", "gem(3)", "avg@1,2")
+RESULTS = Path(__file__).parent / "results" / "model.csv"
+SIZES = "24,32,40,48,64,96,128,192,256"
+TIMED_SIZES = (32, 64, 224, 512)
 NEIGHBOURS = 20
 NEIGHBOUR_SIZES = (32, 64, 128)
 CONFUSION_SIZE = 32
@@ -77,6 +86,31 @@ def measure(model: Path, images: ImageSet, every: int, sizes: Sequence[int], tic
         "accuracy": {"images": len(held_out), "by_size": by_size},
         "neighbours": {"k": NEIGHBOURS, "bank": len(bank), "by_pooling": by_pooling},
     }
+
+
+def measure_copy(copy: Path, images: ImageSet, every: int, sizes: Sequence[int], tick: Tick) -> Facts:
+    """Top-1 accuracy of the int8 copy by size."""
+    right = accuracy_by_size(copy, images.validation[::every], images.labels, sizes, tick)
+    return {"by_size": {str(size): share for size, share in right.items()}}
+
+
+def time_ratios(model: Path, copy: Path, rounds: int = 21) -> dict[str, float]:
+    """The copy's time on one core as a share of the model's, by the side of a square; medians of rounds in turn."""
+    engines = [OrtEngine(path) for path in (model, copy)]
+    ratios: dict[str, float] = {}
+    for side in TIMED_SIZES:
+        pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
+        repeats = max(1, 512**2 // side**2 // 8)
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds):
+            for engine, taken in zip(engines, times, strict=True):
+                started = time.perf_counter()
+                for _ in range(repeats):
+                    engine.run(pixels, ["features", "logits"])
+                taken.append(time.perf_counter() - started)
+        ours, theirs = (median(taken[1:]) for taken in times)
+        ratios[str(side)] = round(theirs / ours, 3)
+    return ratios
 
 
 def photographs(model: Path, photos: Path | None) -> Iterator[Facts]:
@@ -131,24 +165,64 @@ def beside(model: Path, what: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=Path)
-    parser.add_argument("--sizes", default="24,32,40,48,64,96,128")
-    parser.add_argument("--note", default="", help="what else the card says of the training")
+    parser.add_argument("--sizes", default=SIZES)
+    parser.add_argument("--note", help="what else the card says of the training; by default what it says now")
     parser.add_argument("--every", type=int, default=1, help="take one in so many images, for a trial")
     options = parser.parse_args()
     images = load_images(options.data)
     sizes = [int(size) for size in options.sizes.split(",")]
     model: Path = options.model
+    copy = int8_copy(model)
+    passes = 2 if copy.exists() else 1
     with Progress(console=Console(stderr=True)) as bars:
-        total = (len(sizes) * len(images.validation) + len(images.train)) // options.every
+        total = (passes * len(sizes) * len(images.validation) + len(images.train)) // options.every
         bar = bars.add_task(model.name, total=total)
-        facts = measure(model, images, options.every, sizes, lambda: bars.advance(bar))
-    add_training_facts(model, facts | {"photographs": list(photographs(model, options.photos))})
-    pictures = [beside(model, what).name for what in ("curve", "confusion")]
+
+        def tick() -> None:
+            bars.advance(bar)
+
+        facts = measure(model, images, options.every, sizes, tick)
+        facts["photographs"] = list(photographs(model, options.photos))
+        if copy.exists():
+            facts["int8"] = measure_copy(copy, images, options.every, sizes, tick)
+            facts["int8"] |= {"bytes": copy.stat().st_size, "time": time_ratios(model, copy)}
+    add_training_facts(model, facts | ({} if options.note is None else {"note": options.note}))
+    if copy.exists():
+        accuracy = facts["accuracy"] | {"by_size": facts["int8"]["by_size"]}
+        add_training_facts(copy, {"accuracy": accuracy, FLOAT32: get_contract(load_model(model)).training})
+    write_card(model)
+    record(model, options.every)
+
+
+def write_card(model: Path) -> None:
+    """MODEL.md and the curve, from what the file says of itself."""
+    facts = get_contract(load_model(model)).training
+    curve = beside(model, "curve")
+    write_atomically(curve, plot_history(history(facts)))
+    about = f"{ABOUT}\n\n{facts.get('note', '')}".strip()
     write_atomically(
-        model.with_suffix(".md"), model_card(model, f"{ABOUT}\n\n{options.note}".strip(), *pictures).encode()
+        model.with_suffix(".md"), model_card(model, about, curve.name, beside(model, "confusion").name).encode()
+    )
+
+
+def record(model: Path, every: int) -> None:
+    """A line for each figure in results/model.csv."""
+    facts = get_contract(load_model(model)).training
+    figures = [("float32", "top-1", facts["accuracy"]["by_size"])]
+    if "int8" in facts:
+        figures.append(("int8", "top-1", facts["int8"]["by_size"]))
+        figures.append(("int8", "time / float32's", facts["int8"]["time"]))
+    setting = machine() | {"command": f"python -m benchmarks.model --data ... --every {every}", "model": model.stem}
+    append_rows(
+        RESULTS,
+        [
+            {**setting, "precision": precision, "figure": figure, "size": size, "value": f"{value:.4f}"}
+            for precision, figure, by_size in figures
+            for size, value in by_size.items()
+        ],
     )
 
 

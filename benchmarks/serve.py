@@ -15,11 +15,7 @@ Writes benchmarks/results/serve.csv; --photos defaults to the photographs in the
 
 import argparse
 import asyncio
-import csv
-import datetime
 import itertools
-import os
-import platform
 import tarfile
 import threading
 import time
@@ -36,6 +32,7 @@ import pyvips
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.recording import append_rows, cores, machine
 from fullframe.image import Limits, open_encoded
 from fullframe.model.repository import find_models
 from fullframe.v1 import vision_pb2 as pb
@@ -209,10 +206,6 @@ async def _in_pairs(target: str, runs: list[ort.InferenceSession], photos: list[
     }
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path)
@@ -234,29 +227,20 @@ def main() -> None:
                 else:
                     figures = in_rounds(running.target, one, photos, callers, arguments.seconds, arguments.rounds)
                 rows.append({**setting(arguments, path), "workload": name, "concurrency": str(callers), **figures})
-    record(rows)
+    append_rows(RESULTS, rows)
     show(rows)
 
 
 def setting(arguments: argparse.Namespace, path: Path) -> dict[str, str]:
     """When, where and with what."""
     given = f"--seconds {arguments.seconds:g} --rounds {arguments.rounds} --pairs {arguments.pairs}"
+    here = machine()
     return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {cores()} cores",
-        "versions": f"python {platform.python_version()}, onnxruntime {ort.__version__}, grpcio {version('grpcio')}",
+        **here,
+        "versions": f"{here['versions']}, grpcio {version('grpcio')}",
         "command": f"python -m benchmarks.serve {given}" + (" --photos ..." if arguments.photos else ""),
         "model": path.stem,
     }
-
-
-def record(rows: list[dict[str, str]]) -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def show(rows: list[dict[str, str]]) -> None:

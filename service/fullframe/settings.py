@@ -6,6 +6,7 @@ from pydantic import ByteSize, Field, FiniteFloat, ValidationError, field_valida
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fullframe.errors import InvalidInput
+from fullframe.model.repository import Precision
 
 PREFIX = "FULLFRAME_"
 
@@ -23,6 +24,9 @@ class Settings(BaseSettings):
     metrics_port: int = Field(8002, ge=-1, le=65535, description="Prometheus port; 0: any free one, -1: none")
     models: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="models as NAME=PATH or PATH, the first the default; in the environment with commas between"
+    )
+    precision: Precision = Field(
+        "float32", description="int8: the copies that quantize made, not under the promise; auto: where there are such"
     )
     workers: int = Field(0, ge=0, description="images worked on at once; 0: one for each core")
     max_megapixels: FiniteFloat = Field(32, gt=0, description="largest image, in megapixels")

@@ -9,8 +9,9 @@ from torch import nn
 from fullframe.engine.ort import OrtEngine
 from fullframe.engine.pooling import Pooling, pool
 from fullframe.errors import InvalidInput, InvalidModel
-from fullframe.learn import train
-from fullframe.learn.checkpoint import FILE, save_checkpoint, write_atomically
+from fullframe.files import write_atomically
+from fullframe.learn import runs
+from fullframe.learn.checkpoint import FILE, save_checkpoint
 from fullframe.learn.export import (
     CHECKED_SIZES,
     TOLERANCE,
@@ -207,10 +208,10 @@ def test_enough_sizes_are_checked() -> None:
 def test_a_run_without_a_checkpoint_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="holds no training run"):
         export_run(tmp_path, tmp_path / "m.onnx", "m")
-    write_atomically(tmp_path / train.SETTINGS, b"{}")
+    write_atomically(tmp_path / runs.SETTINGS, b"{}")
     with pytest.raises(InvalidInput, match="no checkpoint yet"):
         export_run(tmp_path, tmp_path / "m.onnx", "m")
     save_checkpoint(tmp_path / FILE, {}, {})
-    write_atomically(tmp_path / train.SETTINGS, b'{"net": {"classes": 3}, "recipe": {}, "labels": []}')
+    write_atomically(tmp_path / runs.SETTINGS, b'{"net": {"classes": 3}, "recipe": {}, "labels": []}')
     with pytest.raises(InvalidInput, match="holds no weights"):
         export_run(tmp_path, tmp_path / "m.onnx", "m")

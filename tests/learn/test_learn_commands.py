@@ -11,16 +11,17 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from fullframe.convert.metadata import add_training_facts
 from fullframe.engine.ort import OrtEngine
 from fullframe.errors import InvalidInput
 from fullframe.learn import commands
 from fullframe.learn.card import model_card, recipe_command
 from fullframe.learn.data import load_images
 from fullframe.learn.evaluate import accuracy_by_size, resize_shorter_side
-from fullframe.learn.export import add_training_facts, export_run
+from fullframe.learn.export import export_run
 from fullframe.learn.options import spelled
+from fullframe.learn.runs import read_settings
 from fullframe.learn.settings import Augmentation, NetConfig, Recipe
-from fullframe.learn.train import read_settings
 from tests.learn.shapes import write_shapes
 
 

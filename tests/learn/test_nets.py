@@ -23,6 +23,7 @@ SMALL = NetConfig(classes=3, width=16, depth=(1, 1, 1), stem=4)
 
 
 RESIDUAL = NetConfig(classes=3, width=8, depth=(1, 2, 1), stem=4, block="residual")
+FINE = NetConfig(classes=3, width=4, depth=(1, 1, 1), stem=4, block="residual", first_stride=1)
 LEVELS = NetConfig(classes=3, width=16, depth=(1, 1), stem=4, block="residual", levels=3)
 
 
@@ -32,7 +33,7 @@ def reduced(side: int, stride: int) -> int:
 
 @pytest.mark.parametrize(
     ("config", "channels", "stride"),
-    [(SMALL, 64, 8), (RESIDUAL, 32, 8), (LEVELS, 32, 16)],
+    [(SMALL, 64, 8), (RESIDUAL, 32, 8), (FINE, 16, 4), (LEVELS, 32, 16)],
     ids=lambda value: str(value)[:40],
 )
 @given(height=st.integers(1, 40), width=st.integers(1, 40))

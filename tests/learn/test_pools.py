@@ -13,8 +13,9 @@ from fullframe.learn.data import load_images
 from fullframe.learn.export import export_run
 from fullframe.learn.nets import Net
 from fullframe.learn.pools import fuse_pools
+from fullframe.learn.runs import load_run
 from fullframe.learn.settings import Augmentation, NetConfig, Recipe
-from fullframe.learn.train import Trainer, load_run
+from fullframe.learn.train import Trainer
 from fusedpool import operators
 from fusedpool.nn import Pool2d
 from tests.learn.shapes import write_shapes

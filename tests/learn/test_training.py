@@ -16,8 +16,9 @@ from fullframe import learn
 from fullframe.errors import InvalidInput
 from fullframe.learn.checkpoint import FILE, load_checkpoint
 from fullframe.learn.data import ImageSet, load_images
+from fullframe.learn.runs import COLUMNS, load_run
 from fullframe.learn.settings import Augmentation, NetConfig, Recipe
-from fullframe.learn.train import COLUMNS, Interrupted, Progress, Trainer, load_run
+from fullframe.learn.train import Interrupted, Progress, Trainer
 from tests.learn.shapes import write_shapes
 
 NET = NetConfig(classes=3, width=16, depth=(1, 1), stem=8, dropout=0.1)
@@ -259,6 +260,8 @@ def test_warm_up_and_cosine() -> None:
     recipe = Recipe(epochs=10, learning_rate=0.4, warmup_epochs=2)
     rates = [recipe.learning_rate_at(epoch) for epoch in (0, 1, 2, 6, 10)]
     assert rates == pytest.approx([0, 0.2, 0.4, 0.2, 0])
+    short = replace(recipe, epochs=1)
+    assert [short.learning_rate_at(epoch) for epoch in (0.25, 0.5, 0.75)] == pytest.approx([0.2, 0.4, 0.2])
     constant = replace(recipe, schedule="constant")
     assert [constant.learning_rate_at(epoch) for epoch in (1, 2, 6, 10)] == pytest.approx([0.2, 0.4, 0.4, 0.4])
 
@@ -279,7 +282,7 @@ def test_settings_survive_json() -> None:
         {"batch_pixels": -1},
         {"learning_rate": 0.0},
         {"weight_decay": -1.0},
-        {"warmup_epochs": 30.0},
+        {"warmup_epochs": -1.0},
         {"label_smoothing": 1.0},
         {"ema": 1.0},
         {"clip": -1.0},

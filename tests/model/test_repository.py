@@ -1,11 +1,12 @@
 """Model specs: files, folders of versions, repositories, and what is refused."""
 
 from pathlib import Path
+from typing import cast, get_args
 
 import pytest
 
 from fullframe.errors import InvalidInput, InvalidModel
-from fullframe.model.repository import BUNDLED, find_models
+from fullframe.model.repository import BUNDLED, Precision, find_models
 
 
 @pytest.fixture
@@ -50,3 +51,23 @@ def test_specs_that_name_nothing_say_so(repository: Path) -> None:
         find_models([f"pets={repository / 'notes'}"])
     with pytest.raises(InvalidModel, match="given twice"):
         find_models([f"birds={repository / 'flat.onnx'}", str(repository / "birds")])
+
+
+def test_a_copy_beside_a_model_is_served_when_asked_for(repository: Path) -> None:
+    flat, copy = repository / "flat.onnx", repository / "flat.int8.onnx"
+    assert [file.path for file in find_models([str(flat)], "auto")] == [flat]
+    with pytest.raises(InvalidInput, match=r"there is no .*flat\.int8\.onnx"):
+        find_models([str(flat)], "int8")
+    copy.touch()
+    newest = repository / "birds" / "10"
+    (newest / "model.int8.onnx").touch()
+    copies: tuple[Precision, ...] = ("auto", "int8")
+    for precision in copies:
+        assert [(file.name, file.path) for file in find_models([str(flat)], precision)] == [("flat", copy)]
+    paths = [file.path for file in find_models([str(repository / "birds")], "auto")]
+    assert [path.name for path in paths] == ["model.onnx", "model.onnx", "model.int8.onnx"]
+    assert [file.path for file in find_models([str(flat)])] == [flat]
+    for precision in get_args(Precision):
+        assert [file.path for file in find_models([str(copy)], precision)] == [copy], "named itself"
+    with pytest.raises(InvalidInput, match="precision is 'half'"):
+        find_models([str(flat)], cast("Precision", "half"))

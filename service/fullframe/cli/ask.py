@@ -16,6 +16,7 @@ from fullframe.cli.options import (
     JsonOption,
     MegapixelsOption,
     ModelOption,
+    PrecisionOption,
     ServerOption,
     TimeoutOption,
     asked,
@@ -46,6 +47,7 @@ def classify(
     server: ServerOption = "",
     model: ModelOption = "",
     engine: EngineOption = "auto",
+    precision: PrecisionOption = "float32",
     max_megapixels: MegapixelsOption = 32,
     timeout: TimeoutOption = 30,
 ) -> None:
@@ -54,7 +56,7 @@ def classify(
     check_output(explain, ".png", "--explain")
     if explain and len(files) != 1:
         raise typer.BadParameter(f"takes one image, not {len(files)}", param_hint="--explain")
-    with asked(server, model, engine, max_megapixels, timeout) as chosen:
+    with asked(server, model, engine, precision, max_megapixels, timeout) as chosen:
         answers = Answers(files, chosen.stream(files, top_k=top_k, class_map=explain is not None))
         outcomes = _explained(answers, explain, chosen, max_megapixels) if explain else answers
         _print_classes(outcomes, as_json)
@@ -79,6 +81,7 @@ def embed(
     server: ServerOption = "",
     model: ModelOption = "",
     engine: EngineOption = "auto",
+    precision: PrecisionOption = "float32",
     max_megapixels: MegapixelsOption = 32,
     timeout: TimeoutOption = 30,
 ) -> None:
@@ -93,7 +96,7 @@ def embed(
     except FullframeError as error:
         raise typer.BadParameter(str(error), param_hint="--pooling") from error
     files = find_images(images)
-    with asked(server, model, engine, max_megapixels, timeout) as chosen:
+    with asked(server, model, engine, precision, max_megapixels, timeout) as chosen:
         answers = Answers(files, chosen.stream(files, top_k=0, poolings=[parsed]))
         if output:
             _write_features(output, answers)

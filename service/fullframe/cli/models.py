@@ -101,6 +101,7 @@ def _print_contract(model: _Listed) -> None:
         "classes": f"{len(contract.labels)}: {', '.join(contract.labels)}",
         "features": f"{contract.feature_channels} channels, pooled by {contract.pooling}",
         "logits": contract.logits + (", so class maps explain them" if contract.has_class_map else ""),
+        "precision": contract.precision,
         "stride": f"{size_text(*contract.stride)} pixels (width x height) between cells of the feature map",
         "receptive field": f"{size_text(*contract.receptive_field)} pixels seen by one cell",
         "first cell": f"sees from pixel {contract.start[1]}, {contract.start[0]} (x, y)",

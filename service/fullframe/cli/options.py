@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from fullframe.model.repository import Precision
+
 if TYPE_CHECKING:
     from fullframe.engine.query import Answer
     from fullframe.errors import FullframeError
@@ -18,6 +20,10 @@ _RETRIES: Final = 4
 
 Engine = Literal["auto", "onnx"]
 EngineOption = Annotated[Engine, typer.Option("--engine", help="What runs the model in this process.")]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option("--precision", help="int8: the copy that quantize made; auto: where there is one. Without --server."),
+]
 ServerOption = Annotated[
     str, typer.Option("--server", metavar="HOST:PORT", help="Ask this server; without, the model runs in this process.")
 ]
@@ -46,7 +52,9 @@ class Asked:
 
 
 @contextmanager
-def asked(server: str, model: str, engine: Engine, megapixels: float, timeout: float) -> Iterator[Asked]:
+def asked(
+    server: str, model: str, engine: Engine, precision: Precision, megapixels: float, timeout: float
+) -> Iterator[Asked]:
     """The model that the options choose."""
     if server:
         from fullframe.client import Client
@@ -61,5 +69,6 @@ def asked(server: str, model: str, engine: Engine, megapixels: float, timeout: f
 
     if not 0 < megapixels < float("inf"):
         raise typer.BadParameter(f"{megapixels} must be above 0", param_hint="--max-megapixels")
-    with load(model or None, engine, limits=Limits(max_pixels=int(megapixels * 1e6))) as predictor:
+    limits = Limits(max_pixels=int(megapixels * 1e6))
+    with load(model or None, engine, precision=precision, limits=limits) as predictor:
         yield Asked(predictor.stream, predictor.contract)

@@ -12,7 +12,7 @@ import numpy as np
 from fullframe.engine.pooling import Pooling
 from fullframe.engine.query import Answer, ClassScore, FloatArray, Query, Timings
 from fullframe.errors import InvalidInput
-from fullframe.model.contract import Contract
+from fullframe.model.contract import FLOAT32, Contract
 from fullframe.v1 import vision_pb2 as pb
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def served_model(message: pb.ModelInfo) -> ServedModel:
         feature_channels=message.feature_channels,
         pooling=more["pooling"],
         logits=more["logits"],
+        precision=more.get("precision", FLOAT32),
         normalisation=more.get("normalisation", {}),
         training=more.get("training", {}),
     )

@@ -14,7 +14,7 @@ from fullframe.engine.schedule import Counters, Job, Scheduler, Turn
 from fullframe.errors import NotFound, quoted
 from fullframe.image import Limits, Picture, open_encoded, open_raw
 from fullframe.model.contract import Contract
-from fullframe.model.repository import find_models, version_order
+from fullframe.model.repository import Precision, find_models, version_order
 
 DEFAULT_PIXELS_IN_FLIGHT: Final = 256_000_000
 
@@ -148,9 +148,10 @@ def open_plane(
     limits: Limits | None = None,
     workers: int = 0,
     max_pixels_in_flight: int = DEFAULT_PIXELS_IN_FLIGHT,
+    precision: Precision = "float32",
 ) -> Plane:
-    """Load the models that `specs` name (see model.repository.find_models) and start the workers."""
-    files = find_models(specs)
+    """Load the models that `specs` and `precision` choose (model.repository.find_models) and start the workers."""
+    files = find_models(specs, precision)
     models = [Served(f.name, f.version, f.name == files[0].name, OrtEngine(f.path)) for f in files]
     return Plane(models, limits=limits or Limits(), workers=workers, max_pixels_in_flight=max_pixels_in_flight)
 

@@ -13,7 +13,7 @@ from fullframe.engine.query import Answer, ClassScore, FloatArray, Query, as_poo
 from fullframe.errors import FullframeError, InvalidInput, NotFound, Overloaded
 from fullframe.image import ImageSource, Limits, open_source
 from fullframe.model.contract import Contract
-from fullframe.model.repository import BUNDLED_NAME
+from fullframe.model.repository import BUNDLED_NAME, Precision
 
 ENGINES: Final = ("auto", "onnx")
 
@@ -115,12 +115,16 @@ class Predictor:
         return self._plane.submit(self._model, [picture], query)[0]
 
 
-def load(model: str | None = None, engine: str = "auto", *, limits: Limits | None = None) -> Predictor:
+def load(
+    model: str | None = None, engine: str = "auto", *, precision: Precision = "float32", limits: Limits | None = None
+) -> Predictor:
     """Open a model in this process.
 
     Args:
         model: an .onnx file, a model's folder, or None or "cifar10" for the bundled default.
         engine: "auto" or "onnx".
+        precision: "int8" for the copy that `fullframe quantize` made, "auto" for it where there is one. The promise is
+            about "float32".
 
     Raises:
         NotFound: no such model.
@@ -129,6 +133,7 @@ def load(model: str | None = None, engine: str = "auto", *, limits: Limits | Non
     if engine not in ENGINES:
         raise InvalidInput(f"no engine is named {engine!r}; there are {', '.join(ENGINES)}", "engine")
     try:
-        return Predictor(open_plane([] if model in (None, BUNDLED_NAME) else [str(model)], limits=limits))
+        specs = [] if model in (None, BUNDLED_NAME) else [str(model)]
+        return Predictor(open_plane(specs, limits=limits, precision=precision))
     except InvalidInput as error:
         raise NotFound(str(error)) from error

@@ -5,12 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
-
+from fullframe.convert.metadata import get_contract, load_model
 from fullframe.errors import InvalidModel
 from fullframe.learn.options import spelled
 from fullframe.learn.settings import Augmentation, NetConfig, Recipe
-from fullframe.model.contract import Contract
 
 
 def recipe_command(source: str, net: NetConfig, recipe: Recipe, out: str = "RUN", init: str = "") -> str:
@@ -38,8 +36,7 @@ def model_card(model: Path, about: str = "", curve: str = "", confusion: str = "
         about: a sentence on the data.
         curve, confusion: the training curve's and the confusion matrix's pictures, relative to the card.
     """
-    metadata = {entry.key: entry.value for entry in onnx.load(model).metadata_props}
-    contract = Contract.from_metadata(metadata)
+    contract = get_contract(load_model(model))
     facts = contract.training
     if missing := {"net", "recipe", "data", "parameters", "multiply_adds_per_pixel"} - set(facts):
         raise InvalidModel(f"the file has no training record of {', '.join(sorted(missing))}")
@@ -59,6 +56,7 @@ def model_card(model: Path, about: str = "", curve: str = "", confusion: str = "
             }
         ),
         _accuracy(facts),
+        _copy(facts),
         f"![per cent of each class's images by answer]({confusion})" if confusion else "",
         _neighbours(facts),
         _photographs(facts),
@@ -77,11 +75,26 @@ def _accuracy(facts: Any) -> str:
         return ""
     measured = facts["accuracy"]
     sizes = measured["by_size"]
+    rows = {"float32": sizes} | ({"int8": facts["int8"]["by_size"]} if "int8" in facts else {})
     return (
         f"## Accuracy\n\nTop-1 on {measured['images']:,} images not trained on, shorter side resized bicubically, "
-        "nothing cropped, measured on this file with ONNX Runtime.\n\n"
-        f"| shorter side | {' | '.join(_side(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
-        f"| accuracy, % | {' | '.join(f'{100 * value:.2f}' for value in sizes.values())} |"
+        "nothing cropped, measured on the files with ONNX Runtime.\n\n"
+        f"| shorter side, % right | {' | '.join(_side(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
+        + "\n".join(
+            f"| {name} | {' | '.join(f'{100 * value:.2f}' for value in found.values())} |"
+            for name, found in rows.items()
+        )
+    )
+
+
+def _copy(facts: Mapping[str, Any]) -> str:
+    if "int8" not in facts:
+        return ""
+    copy = facts["int8"]
+    times = ", ".join(f"{ratio:.2f} at {side} x {side}" for side, ratio in copy["time"].items())
+    return (
+        f"The int8 copy (`--precision int8`; {copy['bytes'] / 1e6:.2f} MB) takes this share of the float32 file's time "
+        f"on one core: {times} pixels."
     )
 
 
@@ -151,6 +164,12 @@ def _training(facts: Mapping[str, Any]) -> str:
 def _runs(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The runs that led to the weights, the first one first."""
     return [*(_runs(facts["init"]) if "init" in facts else []), facts]
+
+
+def history(facts: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The logs of all runs that led to a file, one after the other, by column; from its training record."""
+    logs = [run["history"] for run in _runs(facts)]
+    return {name: [value for log in logs for value in log[name]] for name in logs[0]}
 
 
 def _as_run(recipe: Recipe, epochs: int) -> Recipe:

@@ -1,10 +1,7 @@
 """Training state on disk: one safetensors file, whole or not there, without pickle."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +11,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fullframe.errors import InvalidInput
+from fullframe.files import write_atomically
 
 FILE = "checkpoint.safetensors"
 _STATE = "fullframe.state"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`; whoever reads it, or a crash, meets the old file or the new one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

@@ -80,10 +80,11 @@ def export(
 
     The file is written only if ONNX Runtime gives the network's numbers at each of them.
     """
+    from fullframe.convert.metadata import add_training_facts
+    from fullframe.files import write_atomically
     from fullframe.learn.card import model_card
-    from fullframe.learn.checkpoint import write_atomically
-    from fullframe.learn.export import add_training_facts, export_run
-    from fullframe.learn.train import PLOT, read_settings
+    from fullframe.learn.export import export_run
+    from fullframe.learn.runs import PLOT, read_settings
 
     sides = numbers(sizes, int, "sizes")
     with console.status("exporting and checking"):

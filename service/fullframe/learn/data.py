@@ -98,6 +98,21 @@ def load_images(path: Path, *, validation: float = 0.1, seed: int = 0, cache_byt
     return ImageSet(path.resolve().name, validation, labels, train, held_out, sorted(skipped))
 
 
+def sample_images(path: Path, count: int) -> list[Image]:
+    """Up to `count` readable images spread evenly over a folder or tar, in classes or not; raises InvalidInput.
+
+    Where it has `train` and `val` or `test` folders, they are those of `train`.
+    """
+    images, _ = _readable(_sources(path), room=0)
+    _drop_shared_folders(images)
+    chosen = [
+        image for image, split, _ in _places(sorted(images, key=lambda image: image.name)) if split in ("", *TRAIN)
+    ]
+    if not chosen or count < 1:
+        raise InvalidInput(f"{path} holds {len(chosen)} readable images; {max(count, 1)} were asked for", "data")
+    return [chosen[number * len(chosen) // count] for number in range(count)] if count < len(chosen) else chosen
+
+
 def _readable(sources: Iterator[Image], room: int) -> tuple[list[Image], list[str]]:
     """The images that decode, their pixels kept while there is room for them, and why the others don't."""
     images: list[Image] = []

@@ -30,6 +30,11 @@ def resize_shorter_side(pixels: Pixels, side: int) -> Pixels:
     return np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC))
 
 
+def resized(image: Image, side: int) -> Pixels:
+    """The image's pixels with that shorter side, or at its own size where `side` is 0."""
+    return resize_shorter_side(image.pixels(), side) if side else image.pixels()
+
+
 class Answers(NamedTuple):
     """What a model says of images.
 
@@ -70,8 +75,7 @@ def ask(
     outputs = ["logits", *(["feature_map"] if kinds else [])]
 
     def answer(image: Image) -> tuple[int, list[FloatArray]]:
-        pixels = resize_shorter_side(image.pixels(), size) if size else image.pixels()
-        answered = engine.run(pixels, outputs)
+        answered = engine.run(resized(image, size), outputs)
         on_image()
         vectors = [np.asarray(pool(answered["feature_map"], kind), np.float32) for kind in kinds]
         return place[answered["logits"].argmax()], vectors
@@ -94,6 +98,37 @@ def accuracy_by_size(
     return {
         size: float((ask(model, images, labels, size, on_image=on_image).classes == truth).mean()) for size in sizes
     }
+
+
+def compare(
+    model: Path,
+    copy: Path,
+    images: Sequence[Image],
+    labels: Sequence[str],
+    sizes: Sequence[int],
+    on_image: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, float]]:
+    """How far an int8 copy's answers are its model's, by size; the other arguments are those of `ask`.
+
+    For each size the shares of images given the same class ("agreement") and, where all have labels, of those that
+    each has right ("float32", "int8"); and the mean cosine between their average-pooled features ("cosine").
+    """
+    truth = np.array([image.label for image in images])
+    found: dict[str, dict[str, float]] = {}
+    for size in sizes:
+        theirs, ours = (ask(path, images, labels, size, ["avg"], on_image) for path in (model, copy))
+        a, b = theirs.pooled["avg"], ours.pooled["avg"]
+        norms = np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+        found[str(size)] = {
+            "agreement": float((theirs.classes == ours.classes).mean()),
+            "cosine": float(((a * b).sum(1) / norms).mean()),
+        }
+        if truth.min() >= 0:
+            found[str(size)] |= {
+                "float32": float((theirs.classes == truth).mean()),
+                "int8": float((ours.classes == truth).mean()),
+            }
+    return found
 
 
 def neighbour_accuracy(

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fullframe.convert.metadata import get_contract, set_contract
 from fullframe.errors import InvalidModel
-from fullframe.learn.checkpoint import write_atomically
+from fullframe.files import write_atomically
 from fullframe.learn.nets import Net
+from fullframe.learn.plot import PLOTTED
+from fullframe.learn.runs import load_run
 from fullframe.learn.settings import Recipe
-from fullframe.learn.train import load_run
 from fullframe.model.contract import (
     INPUT,
     LOGITS_FROM_FEATURES,
@@ -124,11 +125,6 @@ def describe(
     return contract
 
 
-def set_contract(model: onnx.ModelProto, contract: Contract) -> None:
-    """Make the contract the file's metadata."""
-    onnx.helper.set_model_props(model, contract.to_metadata())
-
-
 def check(model: onnx.ModelProto, net: Net, recipe: Recipe) -> float:
     """Run the file under ONNX Runtime beside the network, on noise of CHECKED_SIZES.
 
@@ -143,7 +139,7 @@ def check(model: onnx.ModelProto, net: Net, recipe: Recipe) -> float:
         [TensorInfo(node.name, node.type, node.shape) for node in nodes]
         for nodes in (session.get_inputs(), session.get_outputs())
     )
-    Contract.from_metadata({p.key: p.value for p in model.metadata_props}).check_graph(inputs, outputs)
+    get_contract(model).check_graph(inputs, outputs)
     served = Served(net, recipe).eval()
     names = [tensor.name for tensor in outputs]
     rng = np.random.default_rng(0)
@@ -193,19 +189,12 @@ def _training_record(settings: Mapping[str, Any], history: Sequence[Mapping[str,
         "data": {key: settings[key] for key in ("source", "train_images", "validation_images")},
         **{key: settings[key] for key in ("net", "recipe", "torch", "device")},
         "epochs": len(history),
+        "history": {name: [round(row[name], 4) for row in history] for name in PLOTTED},
         "seconds": round(sum(row["seconds"] for row in history)),
     }
     if init := settings.get("init"):
         record["init"] = _training_record(init["settings"], init["history"])
     return record
-
-
-def add_training_facts(path: Path, facts: Mapping[str, Any]) -> None:
-    """Record more in an exported file's metadata, replacing the file atomically."""
-    model = onnx.load(path)
-    contract = Contract.from_metadata({entry.key: entry.value for entry in model.metadata_props})
-    set_contract(model, replace(contract, training={**contract.training, **facts}))
-    write_atomically(path, model.SerializeToString())
 
 
 def _words(size: tuple[int, int, int]) -> str:

@@ -137,7 +137,7 @@ GATE_FLOOR = 1e-3
 class Net(nn.Module):
     """Stem, stages of blocks, global pooling, a 1x1 convolution as classifier.
 
-    Each stage begins with a stride of 2. All windows are padded, so a side of n >= 1 pixels becomes
+    Each stage begins with a stride of 2, the first one if asked. All windows are padded, so a side of n >= 1 pixels becomes
     ceil(n / 2) >= 1 and no size is too small.
 
     With several levels the same stem and stages see the image at full, half, quarter ... size, so that what they
@@ -156,7 +156,7 @@ class Net(nn.Module):
         for stage, blocks in enumerate(config.depth):
             outputs = config.width << stage
             for number in range(blocks):
-                stride = 1 if number else 2
+                stride = 1 if number else 2 if stage else config.first_stride
                 block = BLOCKS[config.block]
                 layers.append(block(channels, outputs, stride, config.activation, config.block_pooling))
                 channels = outputs

@@ -1,34 +1,38 @@
 """The training curve and the confusion matrix as pictures."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+PLOTTED: Final = ("loss", "train_accuracy", "validation_loss", "validation_accuracy")
+"""The columns of a run's log that `plot_history` draws."""
 
-def plot_history(history: Sequence[dict[str, float]]) -> bytes:
-    """A PNG of loss and accuracy by epoch, from the rows of a run's log or of several, one after the other."""
-    epochs = range(1, len(history) + 1)
+
+def plot_history(history: Mapping[str, Sequence[float]]) -> bytes:
+    """A PNG of loss and accuracy by epoch: PLOTTED, each with a value per epoch, of one run or of several in turn."""
+    epochs = range(1, len(history["loss"]) + 1)
     figure = Figure(figsize=(8, 3.2), dpi=100, layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for axes, title, train, validation in (
         (loss, "Loss", "loss", "validation_loss"),
         (accuracy, "Accuracy", "train_accuracy", "validation_accuracy"),
     ):
-        marker = "o" if len(history) < 3 else ""
+        marker = "o" if len(epochs) < 3 else ""
         axes.plot(
             epochs,
-            [row[train] for row in history],
+            history[train],
             marker=marker,
             color="0.55",
             label="training (augmented, smoothed)" if axes is loss else "training (augmented)",
         )
         axes.plot(
             epochs,
-            [row[validation] for row in history],
+            history[validation],
             marker=marker,
             color="C0",
             label="validation (averaged weights)",

@@ -45,7 +45,8 @@ class NetConfig:
 
     classes: int
     width: int = _setting(64, "Channels of the first stage; each next has twice as many.")
-    depth: tuple[int, ...] = _setting((1, 2, 2), "Blocks in each stage; a stage halves the map.")
+    depth: tuple[int, ...] = _setting((1, 2, 2), "Blocks in each stage.")
+    first_stride: int = _setting(2, "Stride of the first stage, the others' being 2.")
     stem: int = _setting(16, "Channels at full resolution, which bound the memory that large images take.")
     activation: str = _choice("relu", ACTIVATIONS, "; leaky_relu's slope is 0.1")
     block_pooling: str = _choice("max", BLOCK_POOLINGS)
@@ -61,6 +62,7 @@ class NetConfig:
             "block": (self.block in BLOCKS, _one_of(BLOCKS)),
             "width": (self.width >= step and self.width % step == 0, f"a positive multiple of {step}"),
             "depth": (0 < len(self.depth) <= 6 and min(self.depth) >= 1, "1 to 6 counts of at least 1"),
+            "first_stride": (self.first_stride in (1, 2), "1 or 2"),
             "stem": (self.stem >= 1, "at least 1"),
             "activation": (self.activation in ACTIVATIONS, _one_of(ACTIVATIONS)),
             "block_pooling": (self.block_pooling in BLOCK_POOLINGS, _one_of(BLOCK_POOLINGS)),
@@ -136,7 +138,7 @@ class Recipe:
     learning_rate: float = _setting(0.1, "Its peak; around 0.1 for sgd, 0.002 for adamw.")
     schedule: str = _choice("cosine", SCHEDULES, ": how it goes on, down to 0 or not at all")
     weight_decay: float = _setting(5e-4, "On convolution weights.")
-    warmup_epochs: float = _setting(2.0, "Epochs until that peak.")
+    warmup_epochs: float = _setting(2.0, "Epochs until that peak, at most half of all.")
     label_smoothing: float = _setting(0.1, "Probability spread over all classes.")
     ema: float = _setting(0.999, "Decay per step of the averaged weights, the ones exported; 0: none.")
     clip: float = _setting(0.0, "Largest gradient norm; 0: any.")
@@ -159,7 +161,7 @@ class Recipe:
             "learning_rate": (self.learning_rate > 0, "above 0"),
             "schedule": (self.schedule in SCHEDULES, _one_of(SCHEDULES)),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, "at least 0 and less than epochs"),
+            "warmup_epochs": (self.warmup_epochs >= 0, "at least 0"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
             "ema": (0 <= self.ema < 1, "in [0, 1)"),
             "clip": (self.clip >= 0, "at least 0"),
@@ -175,11 +177,12 @@ class Recipe:
 
         A constant one instead is for a run whose length is not known and that another begins with.
         """
-        if epochs_done < self.warmup_epochs:
-            return self.learning_rate * epochs_done / self.warmup_epochs
+        warmup = min(self.warmup_epochs, self.epochs / 2)
+        if epochs_done < warmup:
+            return self.learning_rate * epochs_done / warmup
         if self.schedule == "constant":
             return self.learning_rate
-        progress = (epochs_done - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        progress = (epochs_done - warmup) / (self.epochs - warmup)
         return self.learning_rate * (1 + cos(pi * progress)) / 2
 
     def to_json(self) -> dict[str, Any]:

@@ -1,8 +1,5 @@
 """The training loop: batches in, a run folder with checkpoint, log and plot out."""
 
-import csv
-import hashlib
-import io
 import json
 import signal
 import threading
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fullframe.errors import InvalidInput
+from fullframe.files import write_atomically
 from fullframe.learn.batches import Batch, epoch_plan, training_batches, validation_batches
 from fullframe.learn.checkpoint import (
     FILE,
@@ -31,20 +29,12 @@ from fullframe.learn.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
-    write_atomically,
 )
 from fullframe.learn.data import ImageSet
 from fullframe.learn.nets import Net
-from fullframe.learn.plot import plot_history
 from fullframe.learn.replicas import gather, replica_of, threads_of_operators
+from fullframe.learn.runs import SETTINGS, Row, begin_with, differences, read_settings, write_log
 from fullframe.learn.settings import POOLINGS, NetConfig, Recipe
-
-SETTINGS = "run.json"
-LOG = "log.csv"
-PLOT = "curve.png"
-COLUMNS = ("epoch", "learning_rate", "loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds")
-Row = dict[str, float]  # of the log; its keys are COLUMNS
-_MAY_DIFFER = {"torch", "device", "pooling", "source", "validation_share"}  # the images themselves are compared
 
 
 class Interrupted(Exception):
@@ -100,7 +90,7 @@ class Trainer:
             from fullframe.learn.pools import fuse_pools  # only those who ask for it need fusedpool
 
             fuse_pools(self.net)
-        self.init = None if init is None else _begin_with(self.net, init)
+        self.init = None if init is None else begin_with(self.net, init)
         if recipe.frozen_body:
             for name, parameter in self.net.named_parameters():
                 parameter.requires_grad_(name.startswith(("classifier.", "gate.")))
@@ -128,9 +118,9 @@ class Trainer:
             self.run.mkdir(parents=True, exist_ok=True)
             write_atomically(self.run / SETTINGS, json.dumps(settings, indent=1).encode())
             return
-        if differences := _differences(read_settings(self.run), settings):
+        if found := differences(read_settings(self.run), settings):
             raise InvalidInput(
-                f"{self.run} holds a run with other settings ({'; '.join(differences)}); continue it with its own, "
+                f"{self.run} holds a run with other settings ({'; '.join(found)}); continue it with its own, "
                 "or name another folder",
                 "run",
             )
@@ -161,13 +151,7 @@ class Trainer:
         }
         tensors = {f"{group}.{name}": tensor for group, values in named.items() for name, tensor in values.items()}
         save_checkpoint(self.run / FILE, tensors | rng, vars(self.progress))
-        if self.progress.history:
-            text = io.StringIO(newline="")
-            log = csv.DictWriter(text, COLUMNS)
-            log.writeheader()
-            log.writerows(self.progress.history)
-            write_atomically(self.run / LOG, text.getvalue().encode())
-            write_atomically(self.run / PLOT, plot_history([*_rows_before(self.init), *self.progress.history]))
+        write_log(self.run, self.progress.history, self.init)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -334,70 +318,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def read_settings(run: Path) -> dict[str, Any]:
-    """The settings a run was started with; raises InvalidInput where there is no run."""
-    try:
-        settings: dict[str, Any] = json.loads((run / SETTINGS).read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{run} holds no training run (no readable {SETTINGS})", "run") from error
-    return settings
-
-
-def load_run(run: Path) -> tuple[Net, dict[str, Any], dict[str, Any]]:
-    """A run's averaged network in evaluation mode, its settings, and its progress."""
-    settings = read_settings(run)
-    weights, progress = _averaged_weights(run)
-    net = Net(NetConfig.from_json(settings["net"]))
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InvalidInput(f"{run} holds no weights for the network that its {SETTINGS} describes", "run") from error
-    return net.eval(), settings, progress
-
-
-def _averaged_weights(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of a run's averaged network, and the run's progress."""
-    if not (run / FILE).exists():
-        raise InvalidInput(f"{run} has no checkpoint yet; it has one after the first epoch", "run")
-    tensors, progress = load_checkpoint(run / FILE)
-    return {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}, progress
-
-
-def _begin_with(net: Net, run: Path) -> dict[str, Any]:
-    """Give the net another run's averaged weights wherever names and shapes agree; returns that run's record.
-
-    Raises InvalidInput where the run has none that fit.
-    """
-    settings = read_settings(run)
-    weights, progress = _averaged_weights(run)
-    own = net.state_dict()
-    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    if not fitting.keys() & dict(net.body.named_parameters(prefix="body")).keys():
-        raise InvalidInput(f"{run} holds no weights that fit this network", "init")
-    net.load_state_dict(own | fitting)
-    digest = hashlib.sha256((run / FILE).read_bytes()).hexdigest()
-    return {"settings": settings, "history": progress["history"], "checkpoint": digest}
-
-
-def _rows_before(init: dict[str, Any] | None) -> list[Row]:
-    """The logs of the runs that led to the first weights, the earliest first."""
-    return [*_rows_before(init["settings"].get("init")), *init["history"]] if init else []
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two runs' settings, in words."""
-    found: list[str] = []
-    for key in sorted((there.keys() | here.keys()) - _MAY_DIFFER):
-        old, new = there.get(key), here.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif json.dumps(old) != json.dumps(new):
-            found.append(
-                "other images, or another split of them" if key == "data" else f"{prefix}{key} {old}, not {new}"
-            )
-    return found
 
 
 def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:

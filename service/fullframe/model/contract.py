@@ -18,6 +18,9 @@ INPUT: Final = "images"
 OUTPUTS: Final = ("features", "logits", "feature_map", "class_map")
 OPTIONAL_OUTPUTS: Final = frozenset({"class_map"})
 
+FLOAT32: Final = "float32"
+INT8: Final = "int8"
+
 LOGITS_FROM_MAP: Final = "mean(class_map)"
 LOGITS_FROM_FEATURES: Final = "head(features)"
 
@@ -45,6 +48,7 @@ class Contract:
         feature_channels: C.
         pooling: how `features` comes from `feature_map`, as engine.pooling spells it.
         logits: LOGITS_FROM_MAP, or LOGITS_FROM_FEATURES where the head is not linear.
+        precision: FLOAT32, or INT8 of a copy whose convolutions are computed in integers.
         normalisation: what the graph does to pixels first, for people: {"mean": [...], "std": [...]}.
         training: data, recipe, accuracy by size: whatever the maker recorded.
     """
@@ -58,6 +62,7 @@ class Contract:
     feature_channels: int
     pooling: str = "avg"
     logits: str = LOGITS_FROM_MAP
+    precision: str = FLOAT32
     normalisation: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,6 +84,7 @@ class Contract:
             PREFIX + "feature_channels": json.dumps(self.feature_channels),
             PREFIX + "pooling": self.pooling,
             PREFIX + "logits": self.logits,
+            PREFIX + "precision": self.precision,
             PREFIX + "normalisation": json.dumps(self.normalisation),
             PREFIX + "training": json.dumps(self.training),
         }
@@ -97,6 +103,9 @@ class Contract:
             raise InvalidModel(
                 f"{PREFIX}logits is {logits!r}; it must be {LOGITS_FROM_MAP!r} or {LOGITS_FROM_FEATURES!r}"
             )
+        precision = metadata.get(PREFIX + "precision", FLOAT32)
+        if precision not in (FLOAT32, INT8):
+            raise InvalidModel(f"{PREFIX}precision is {precision!r}; it must be {FLOAT32!r} or {INT8!r}")
         channels = _json(metadata, "feature_channels", int)
         if channels < 1:
             raise InvalidModel(f"{PREFIX}feature_channels is {channels}; it must be at least 1")
@@ -110,6 +119,7 @@ class Contract:
             feature_channels=channels,
             pooling=_text(metadata, "pooling"),
             logits=logits,
+            precision=precision,
             normalisation=_json(metadata, "normalisation", dict),
             training=_json(metadata, "training", dict),
         )

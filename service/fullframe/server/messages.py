@@ -109,6 +109,7 @@ def model_info(model: Served) -> pb.ModelInfo:
         "start": contract.start,
         "pooling": contract.pooling,
         "logits": contract.logits,
+        "precision": contract.precision,
         "normalisation": contract.normalisation,
         "training": contract.training,
     }
