@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     )
     workers: int = Field(0, ge=0, description="images worked on at once; 0: one for each core")
     max_megapixels: FiniteFloat = Field(32, gt=0, description="largest image, in megapixels")
+    tile_pixels: int = Field(4_000_000, ge=1, description="an image of more pixels is computed piece by piece")
     max_image_bytes: ByteSize = Field(ByteSize(64 * _MIB), gt=0, description="largest encoded image")
     max_frames: int = Field(1000, ge=1, description="most frames or pages of one file, of which the first is read")
     # The default lets 32 megapixels come as raw RGB.

@@ -1,11 +1,16 @@
 """`fullframe models` and `inspect`: the contract, readable and as JSON, from files and from a server."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 
+from fullframe.convert.metadata import get_contract, load_model, set_contract
+from fullframe.model.contract import Tiles
 from tests.cli.command import run_here
+from tests.model.graphs import Branches, Window, build
 from tests.models import LABELS, write_model
 from tests.serving import Running
 
@@ -35,9 +40,78 @@ def test_inspect(tiny_model: Path, server: Running, where: str) -> None:
         "1x1 pixels",
         "127.5, 127.5, 127.5",
         "none: random weights",
+        "not known: the file does not say",
     ):
         assert part in text
     assert json.loads(run_here("inspect", *options, "--json").stdout)["contract"]["receptive_field"] == [15, 15]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "words"),
+    [
+        (Tiles((4, 8)), "possible, from multiples of 8x4 pixels"),
+        (Tiles((4, 4), ("Mul 'm' [weighs]", "Add 'a' fails")), "not possible: Mul 'm' [weighs]; Add 'a' fails"),
+    ],
+)
+def test_inspect_says_whether_there_are_tiles(tiny_model: Path, tmp_path: Path, tiles: Tiles, words: str) -> None:
+    model = load_model(tiny_model)
+    set_contract(model, replace(get_contract(model), tiles=tiles))
+    onnx.save(model, tmp_path / "net.onnx")
+    lines = run_here("inspect", tmp_path / "net.onnx").stdout.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("tiles")] == [words]
+    listed = json.loads(run_here("inspect", tmp_path / "net.onnx", "--json").stdout)
+    assert listed["contract"]["tiles"] == {"alignment": list(tiles.alignment), "obstacles": list(tiles.obstacles)}
+
+
+def test_inspect_graph_lists_every_map(tiny_model: Path) -> None:
+    lines = [line.split() for line in run_here("inspect", tiny_model, "--graph", "--size", "21x10").stdout.splitlines()]
+    assert lines[0] == ["tiny,", "version", "1"]
+    assert ["images", "N,h,w,3", "1x1", "1x1", "0,", "0", "21x10"] in lines
+    assert ["pooled", "N,16,h,w", "4x4", "7x7", "-3,", "-3", "6x3", "MaxPool", "'pooled'"] in lines
+    assert ["class_map", "N,7,h,w", "4x4", "15x15", "-7,", "-7", "6x3", "Conv", "'class_map'"] in lines
+    assert "features" not in {line[0] for line in lines if line}, "no map"
+    assert lines[-1] == ["smallest", "image", "1x1", "pixels"]
+    told = [json.loads(line) for line in run_here("inspect", tiny_model, "--graph", "--json").stdout.splitlines()]
+    assert told[-1] == {
+        "model": "tiny",
+        "version": "1",
+        "tensor": "class_map",
+        "node": "Conv 'class_map'",
+        "shape": ["N", 7, "h", "w"],
+        "jump": [4, 4],
+        "receptive_field": [15, 15],
+        "start": [-7, -7],
+        "obstacles": [],
+    }
+
+
+def test_inspect_graph_takes_any_onnx_file_and_says_what_fails(tmp_path: Path) -> None:
+    onnx.save(
+        build(
+            Window("Conv", (3, 3), (2, 2), auto_pad="SAME_UPPER"),
+            Branches((Window("Conv", (3, 3), (2, 2)), Window("MaxPool", (2, 2), (2, 2))), "Concat"),
+            "Relu",
+        ),
+        tmp_path / "any.onnx",
+    )
+    text = run_here("inspect", tmp_path / "any.onnx", "--graph").stdout
+    assert "3x3+" not in text and "4x4+" in text
+    assert "+ sees more       Conv 'node_conv_3' has auto_pad SAME_UPPER with a stride of 2" in text
+    assert "sizes that fail   Concat 'node_concat_6' joins branches of different sizes: 1 and 2 cells" in text
+    assert (
+        "needs at least 5 x 5" in run_here("inspect", tmp_path / "any.onnx", "--graph", "--size", "4x9", code=1).stderr
+    )
+    for size in ("9", "0x0x0", "x", "3 x 4", "-1x5"):
+        assert (
+            "is no size; write 640x480"
+            in run_here("inspect", tmp_path / "any.onnx", "--graph", f"--size={size}", code=2).stderr
+        )
+
+
+def test_inspect_graph_is_of_files(tiny_model: Path, server: Running) -> None:
+    asked = run_here("inspect", "tiny", "--graph", "--server", server.target, code=2)
+    assert "a server does not tell its models' graphs; give a file" in asked.stderr
+    assert "shown with --graph" in run_here("inspect", tiny_model, "--size", "3x4", code=2).stderr
 
 
 def test_a_repository_and_its_versions(tmp_path: Path) -> None:

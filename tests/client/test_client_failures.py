@@ -15,6 +15,8 @@ import pytest
 from fullframe.client import AsyncClient, Client
 from fullframe.engine.query import Answer, ClassScore, Query
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, ServerError, Unavailable
+from fullframe.image import Checkpoint, Regions
+from fullframe.image.regions import no_checkpoint
 from fullframe.v1 import vision_pb2 as pb
 from fullframe.v1.vision_pb2_grpc import VisionServiceServicer, add_VisionServiceServicer_to_server
 from tests.pictures import Pixels, encode, pixels
@@ -50,6 +52,9 @@ class Endless:
     def pixels(self) -> Pixels:
         assert self._let_go.wait(60)
         return pixels(self.height, self.width)
+
+    def regions(self, checkpoint: Checkpoint = no_checkpoint) -> Regions:
+        raise AssertionError("it is not huge")
 
     def end(self) -> None:
         self._let_go.set()

@@ -35,3 +35,23 @@ def tiff(samples: NDArray[np.generic], **options: Any) -> bytes:
     file = io.BytesIO()
     tifffile.imwrite(file, samples, **options)
     return file.getvalue()
+
+
+def repeating_tiff(height: int, width: int, tiles: NDArray[np.uint8]) -> bytes:
+    """A tiled TIFF whose tiles, row by row, are `tiles` [count, side, side, 3] again and again, each stored once."""
+    count, side, _, _ = tiles.shape
+    stored = [zlib.compress(tile.tobytes(), 1) for tile in tiles]
+    lengths = np.array([len(data) for data in stored], "<u4")
+    starts = (8 + np.cumsum(lengths) - lengths).astype("<u4")
+    body = b"".join(stored)
+    body += bytes(len(body) % 2)
+    used = np.arange(-(-height // side) * -(-width // side)) % count
+    position = 8 + len(body)
+    depths, offsets, sizes = struct.pack("<4H", 8, 8, 8, 0), starts[used].tobytes(), lengths[used].tobytes()
+    values = {256: (4, 1, width), 257: (4, 1, height), 258: (3, 3, position), 259: (3, 1, 8), 262: (3, 1, 2)}
+    values |= {277: (3, 1, 3), 322: (4, 1, side), 323: (4, 1, side)}
+    values |= {324: (4, len(used), position + 8), 325: (4, len(used), position + 8 + len(offsets))}
+    directory = struct.pack("<H", len(values))
+    directory += b"".join(struct.pack("<HHII", tag, *value) for tag, value in values.items()) + bytes(4)
+    header = b"II*\0" + struct.pack("<I", position + 8 + len(offsets) + len(sizes))
+    return b"".join((header, body, depths, offsets, sizes, directory))

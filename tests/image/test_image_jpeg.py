@@ -15,8 +15,9 @@ from PIL import Image
 from fullframe.errors import InvalidInput
 from fullframe.image import Limits, Pixels, open_encoded
 from fullframe.image.decode import PlainJpeg, VipsPicture
-from fullframe.image.formats import open_vips
+from fullframe.image.encoded import InMemory
 from fullframe.image.jpeg import decode_plain, read_plain
+from fullframe.image.stored import open_vips
 from tests.pictures import encode, pixels
 
 LIMITS = Limits()
@@ -26,7 +27,8 @@ SRGB = bytes(Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png"
 
 
 def by_vips(data: bytes) -> Pixels:
-    return VipsPicture(data, "jpeg", open_vips(data, "jpeg")).pixels()
+    encoded = InMemory(data)
+    return VipsPicture(encoded, "jpeg", open_vips(encoded, "jpeg"), LIMITS).pixels()
 
 
 def outcome(data: bytes, vips: bool) -> Pixels | str:
@@ -34,9 +36,10 @@ def outcome(data: bytes, vips: bool) -> Pixels | str:
     try:
         if not vips:
             return open_encoded(data, LIMITS).pixels()
-        image = open_vips(data, "jpeg")
+        encoded = InMemory(data)
+        image = open_vips(encoded, "jpeg")
         LIMITS.check_size(image.height, image.width)
-        return VipsPicture(data, "jpeg", image).pixels()
+        return VipsPicture(encoded, "jpeg", image, LIMITS).pixels()
     except InvalidInput as error:
         return str(error)
     except Exception:  # libvips' own, of a header: the same refusal

@@ -1,8 +1,10 @@
 """What a local caller may call an image, and raw pixels from anywhere."""
 
 import io
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,22 @@ def test_a_large_file_is_not_read_whole(tmp_path: Path) -> None:
         pytest.skip("needs a file without end")
     with pytest.raises(InvalidInput, match="more than the limit of 1000 bytes"):
         open_source("/dev/zero", Limits(max_bytes=1000))
+
+
+def test_a_limit_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(encode(PICTURE))
+    assert np.array_equal(open_source(path, Limits(max_bytes=2**60)).pixels(), PICTURE)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with ThreadPoolExecutor(1) as writer:
+        written = writer.submit(path.write_bytes, encode(PICTURE))
+        assert np.array_equal(open_source(path, LIMITS).pixels(), PICTURE)
+        assert written.result()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK"])

@@ -24,6 +24,7 @@ from fullframe.learn.export import (
 )
 from fullframe.learn.nets import Net
 from fullframe.learn.settings import NetConfig, Recipe
+from fullframe.model.contract import Tiles
 
 RECIPE = Recipe(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 LABELS = ("a", "b", "c")
@@ -98,6 +99,7 @@ def test_geometry_and_cost_are_those_of_the_network(levels: int, tmp_path: Path)
     assert write_model(graph(net), net, RECIPE, tmp_path / "m.onnx") < TOLERANCE
     contract = OrtEngine(tmp_path / "m.onnx").contract
     assert contract.stride == ((4, 4) if levels == 1 else (16, 16))
+    assert contract.tiles == Tiles(contract.stride)
     assert contract.training["multiply_adds_per_pixel"] == cost_per_pixel(net)
     assert seen_by((5, 6), net, contract.stride) == (contract.start, contract.receptive_field)
 

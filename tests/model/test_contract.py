@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fullframe.errors import InvalidModel
-from fullframe.model.contract import LOGITS_FROM_FEATURES, Contract, TensorInfo
+from fullframe.model.contract import LOGITS_FROM_FEATURES, Contract, TensorInfo, Tiles
 
 CONTRACT = Contract(
     name="tiny",
@@ -31,6 +31,18 @@ def test_metadata_round_trips() -> None:
     assert Contract.from_metadata(CONTRACT.to_metadata()) == CONTRACT
 
 
+@pytest.mark.parametrize("tiles", [Tiles((4, 8)), Tiles((4, 8), ("Mul 'm' does this", "Add 'a' does that"))])
+def test_what_is_said_of_tiles_round_trips(tiles: Tiles) -> None:
+    contract = replace(CONTRACT, tiles=tiles)
+    assert Contract.from_metadata(contract.to_metadata()) == contract
+    assert tiles.possible == (not tiles.obstacles)
+
+
+def test_a_file_that_says_nothing_of_tiles_is_read_as_before() -> None:
+    assert "fullframe.tiles" not in CONTRACT.to_metadata()
+    assert Contract.from_metadata(CONTRACT.to_metadata()).tiles is None
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -45,6 +57,12 @@ def test_metadata_round_trips() -> None:
         ("feature_channels", "true", "feature_channels must be a JSON int"),
         ("training", "[]", "training must be a JSON dict"),
         ("smallest_size", "", "no metadata fullframe.smallest_size"),
+        ("tiles", "yes", "tiles is not JSON"),
+        ("tiles", "[]", "tiles must be a JSON dict"),
+        ("tiles", '{"alignment": [4, 4]}', "tiles must have 'obstacles', a list of strings"),
+        ("tiles", '{"alignment": [4, 4], "obstacles": [1]}', "tiles must have 'obstacles', a list of strings"),
+        ("tiles", '{"alignment": [4, 0], "obstacles": []}', "tiles.alignment must be two integers of at least 1"),
+        ("tiles", '{"obstacles": []}', "tiles.alignment must be two integers of at least 1"),
     ],
 )
 def test_broken_metadata_is_named(key: str, value: str, message: str) -> None:

@@ -1,153 +1,44 @@
-"""Geometry read off a graph, against ONNX Runtime running it."""
+"""Geometry read off a graph, against ONNX Runtime running it: sizes, what lights which cell, tiles put together."""
 
+import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from numpy.typing import NDArray
 from torch import nn
 
 from fullframe.errors import InvalidInput, InvalidModel
-from fullframe.model.geometry import graph_geometry
+from fullframe.model.geometry import Geometry, GraphGeometry, TensorGeometry, graph_geometry
+from fullframe.model.repository import BUNDLED
+from tests.model.graphs import (
+    Branches,
+    Builder,
+    Cut,
+    Pair,
+    Resize,
+    Stage,
+    Window,
+    build,
+    chains,
+    run,
+    seen,
+    session,
+    stages,
+    windows,
+)
 
 LARGEST = 40  # every size up to this one is run
-Pair = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Window:
-    """A convolution or pooling; pads are before height and width, then after them."""
-
-    op: str
-    kernel: Pair
-    stride: Pair = (1, 1)
-    dilation: Pair = (1, 1)
-    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
-    ceil_mode: bool = False
-    auto_pad: str = "NOTSET"
-
-
-@dataclass(frozen=True)
-class Branches:
-    """Windows over one map, joined."""
-
-    windows: tuple[Window, ...]
-    join: str
-
-
-Stage = Window | Branches | str  # a str: an elementwise operator
-
-
-class Builder:
-    """A contract-shaped graph: no bias and weights above 0, so a lit pixel lights all that see it."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[onnx.TensorProto] = []
-        scale = self.constant("scale", np.full(3, 0.5, np.float32))
-        floats = self.node("Cast", ["images"], to=TensorProto.FLOAT)
-        self.last = self.node("Transpose", [self.node("Mul", [floats, scale])], perm=[0, 3, 1, 2])
-        self.channels = 3
-
-    def constant(self, name: str, value: np.ndarray) -> str:
-        self.weights.append(numpy_helper.from_array(value, name))
-        return name
-
-    def node(self, op: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
-        output = output or f"{op.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, inputs, [output], f"node_{output}", **attributes))
-        return output
-
-    def window(self, source: str, w: Window) -> str:
-        attributes: dict[str, Any] = {"kernel_shape": w.kernel, "strides": w.stride}
-        attributes |= {"auto_pad": w.auto_pad} if w.auto_pad != "NOTSET" else {"pads": w.pads}
-        inputs = [source]
-        if w.op == "Conv":
-            shape = (self.channels, self.channels, *w.kernel)
-            weights = np.random.default_rng(0).uniform(0.5, 1.5, shape) / np.prod(shape[1:])
-            inputs.append(self.constant(f"w{len(self.weights)}", weights.astype(np.float32)))
-        else:
-            attributes["ceil_mode"] = int(w.ceil_mode)
-        if w.op in ("Conv", "MaxPool"):
-            attributes["dilations"] = w.dilation
-        return self.node(w.op, inputs, **attributes)
-
-    def add(self, stage: Stage) -> None:
-        if isinstance(stage, Window):
-            self.last = self.window(self.last, stage)
-        elif isinstance(stage, Branches):
-            outputs = [self.window(self.last, w) for w in stage.windows]
-            if stage.join == "Concat":
-                self.last = self.node("Concat", outputs, axis=-3)
-                self.channels *= len(outputs)
-            else:
-                self.last = outputs[0]
-                for output in outputs[1:]:
-                    self.last = self.node(stage.join, [self.last, output])
-        else:
-            self.last = self.node(stage, [self.last])
-
-    def model(self, outputs: Sequence[str] = ("feature_map",)) -> onnx.ModelProto:
-        if "feature_map" not in {name for node in self.nodes for name in node.output}:
-            self.node("Identity", [self.last], output="feature_map")
-        images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", "H", "W", 3])
-        found = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
-        graph = helper.make_graph(self.nodes, "test", [images], found, self.weights)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-
-
-def build(*stages: Stage) -> onnx.ModelProto:
-    builder = Builder()
-    for stage in stages:
-        builder.add(stage)
-    return builder.model()
-
-
-def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-
-
-@st.composite
-def windows(draw: st.DrawFn) -> Window:
-    op = draw(st.sampled_from(("Conv", "MaxPool", "AveragePool", "LpPool")))
-    kernel = draw(st.tuples(*[st.integers(1, 5)] * 2))
-    auto_pad = draw(st.sampled_from(("NOTSET", "NOTSET", "NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")))
-    if auto_pad.startswith("SAME"):
-        return Window(op, kernel, auto_pad=auto_pad)
-    stride = draw(st.tuples(*[st.integers(1, 3)] * 2))
-    dilation = draw(st.tuples(*[st.integers(1, 3)] * 2)) if op in ("Conv", "MaxPool") else (1, 1)
-    # The runtime takes no pooling whose padding could fill a window.
-    pads = tuple(draw(st.integers(0, kernel[axis] - 1)) for axis in (0, 1, 0, 1))
-    ceil_mode = op in ("MaxPool", "AveragePool") and auto_pad == "NOTSET" and draw(st.booleans())
-    return Window(op, kernel, stride, dilation, pads, ceil_mode, auto_pad)  # type: ignore[arg-type]
-
-
-@st.composite
-def branches(draw: st.DrawFn) -> Branches:
-    """Windows whose paddings keep their outputs equal at every size."""
-    stride = draw(st.tuples(*[st.integers(1, 2)] * 2))
-    found = []
-    for _ in range(draw(st.integers(2, 3))):
-        kernel = draw(st.tuples(*[st.integers(1, 5)] * 2))
-        before = [draw(st.integers(0, k - 1)) for k in kernel]
-        pads = (*before, kernel[0] - 1 - before[0], kernel[1] - 1 - before[1])
-        found.append(Window(draw(st.sampled_from(("Conv", "MaxPool", "AveragePool"))), kernel, stride, pads=pads))
-    return Branches(tuple(found), draw(st.sampled_from(("Concat", "Add", "Max"))))
-
-
-stages = st.lists(windows() | branches() | st.sampled_from(("Relu", "LeakyRelu")), min_size=1, max_size=4)
+few = settings(max_examples=50, deadline=None)
 
 
 def counted(window: Window, size: Pair) -> Pair:
@@ -172,7 +63,7 @@ def counted(window: Window, size: Pair) -> Pair:
 def fits(path: Sequence[Stage], size: Pair) -> bool:
     """Whether every window has a place."""
     for stage in path:
-        if isinstance(stage, str):
+        if not isinstance(stage, Window | Branches):
             continue
         for window in stage.windows if isinstance(stage, Branches) else (stage,):
             after = counted(window, size)
@@ -182,17 +73,34 @@ def fits(path: Sequence[Stage], size: Pair) -> bool:
     return True
 
 
-@settings(max_examples=60, deadline=None)
+def images_of(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (1, height, width, 3), np.uint8)
+
+
+@few
 @example([Window("MaxPool", (2, 2), (2, 2), pads=(0, 0, 1, 1), ceil_mode=True)])  # a window in padding alone
+@example([Cut((0, 1, 2, 0), step=2), Resize((3, 2)), Window("Conv", (4, 3), (3, 2), auto_pad="SAME_LOWER")])
 @given(stages)
-def test_sizes_are_the_runtimes(path: list[Stage]) -> None:
-    model = build(*path)
-    geometry, run = graph_geometry(model), session(model)
-    height, width = geometry.smallest_size
-    for size in range(LARGEST):
+def test_sizes_of_all_maps_are_the_runtimes(path: list[Stage]) -> None:
+    model = build(*path, everything=True)
+    graph, opened = GraphGeometry(model), session(model)
+    height, width = graph.smallest_size
+    for size in range(0, LARGEST, 3):
         image = np.zeros((1, max(height, size), max(width, LARGEST - size), 3), np.uint8)
-        found = run.run(["feature_map"], {"images": image})[0].shape[2:]
-        assert geometry.output_size(*image.shape[1:3]) == found, image.shape
+        for name, found in run(opened, image).items():
+            sides = [
+                dim for dim, kind in zip(found.shape, graph.tensors[name].shape, strict=True) if kind in ("h", "w")
+            ]
+            assert graph.size_of(name, *image.shape[1:3]) == tuple(sides), (name, image.shape)
+    assert not graph.doubts
+    assert not graph.disagreements
+
+
+@few
+@given(chains)
+def test_no_smaller_size_fits(path: list[Stage]) -> None:
+    geometry = graph_geometry(build(*path))
+    height, width = geometry.smallest_size
     large = 10_000
     assert fits(path, (height, large))
     assert fits(path, (large, width))
@@ -203,33 +111,146 @@ def test_sizes_are_the_runtimes(path: list[Stage]) -> None:
             geometry.output_size(*small)
 
 
-@settings(max_examples=60, deadline=None)
+def check_cells(lit: NDArray[np.bool_], found: TensorGeometry, axis: int, *, tight: bool) -> None:
+    """Hold which pixels light which cells of a map, [pixels, cells], against what is said of it.
+
+    No cell may see more; where `tight`, those inside the image see just that, first pixel and last.
+    """
+    pixels, inside = len(lit), 0
+    for cell in range(lit.shape[1]):
+        start = float(found.start[axis] + cell * found.jump[axis])
+        end = start + float(found.receptive_field[axis])
+        lighting = np.flatnonzero(lit[:, cell])
+        assert ((start <= lighting) & (lighting < end)).all(), (found.name, cell)
+        if tight and start >= 0 and end <= pixels:
+            inside += 1
+            assert (lighting[0], lighting[-1] + 1) == (start, end), (found.name, cell)
+    assert not tight or inside >= 2
+
+
+def lit_size(graph: GraphGeometry, axis: int) -> Pair:
+    """An image with two cells of each map well inside along one axis, small along the other."""
+    size = []
+    for i, least in enumerate(graph.smallest_size):
+        steps = 2 if i == axis else 0
+        spans = (math.ceil(found.receptive_field[i] + steps * found.jump[i]) for found in graph.tensors.values())
+        size.append(max(least, *spans))
+    assume(max(size) <= 80)
+    return size[0], size[1]
+
+
+@few
+@example([Resize((3, 2), "linear"), Window("Conv", (3, 3), (2, 2))])
 @given(stages)
-def test_receptive_field_is_what_the_runtime_sees(path: list[Stage]) -> None:
-    model = build(*path)
-    geometry, run = graph_geometry(model), session(model)
-    size = [
-        max(least, field + 3 * stride)
-        for least, field, stride in zip(geometry.smallest_size, geometry.receptive_field, geometry.stride, strict=True)
-    ]
-    assume(max(size) <= 96)
+def test_every_map_sees_what_lights_it(path: list[Stage]) -> None:
+    model = build(*path, everything=True)
+    graph, opened = GraphGeometry(model), session(model)
+    tight = not any(isinstance(stage, Resize) for stage in path)
     for axis in (0, 1):
-        pixels = size[axis]
-        images = np.zeros((pixels, *size, 3), np.uint8)
-        for pixel in range(pixels):  # one lit row or column in each image
-            images[(pixel, pixel) if axis == 0 else (pixel, slice(None), pixel)] = 255
-        # sees[pixel, cell]
-        sees = (run.run(["feature_map"], {"images": images})[0] > 0).any(axis=(1, 3 - axis))
-        interior = 0
-        for cell in range(sees.shape[1]):
-            start = geometry.start[axis] + cell * geometry.stride[axis]
-            end = start + geometry.receptive_field[axis]
-            seen = np.flatnonzero(sees[:, cell])
-            assert ((start <= seen) & (seen < end)).all()
-            if start >= 0 and end <= pixels:
-                interior += 1
-                assert (seen[0], seen[-1] + 1) == (start, end), (axis, cell)
-        assert interior >= 2
+        for name, lit in seen(opened, lit_size(graph, axis), axis).items():
+            found = graph.tensors[name]
+            if found.shape[2:] == ("h", "w"):
+                check_cells(lit, found, axis, tight=tight and not found.obstacles)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start": (-2, -2)},
+        {"start": (0, 0)},
+        {"receptive_field": (4, 4)},
+        {"receptive_field": (6, 6)},
+        {"jump": (1, 1)},
+        {"jump": (3, 3)},
+    ],
+)
+def test_control_a_wrong_value_is_caught(change: dict[str, Any]) -> None:
+    """The lit pixels can tell."""
+    model = build(Window("Conv", (3, 3), (2, 2), pads=(1, 1, 1, 1)), Window("MaxPool", (2, 2)))
+    graph = GraphGeometry(model)
+    found = graph.tensors["feature_map"]
+    assert (found.jump, found.receptive_field, found.start) == ((2, 2), (5, 5), (-1, -1))
+    for axis in (0, 1):
+        lit = seen(session(model), (16, 17), axis)["feature_map"]
+        check_cells(lit, found, axis, tight=True)
+        with pytest.raises(AssertionError):
+            check_cells(lit, replace(found, **change), axis, tight=True)
+
+
+def from_tiles(geometry: Geometry, model: onnx.ModelProto, image: NDArray[np.uint8], cut: Pair, halo: int = 0) -> float:
+    """The largest difference between the whole image's map and what two overlapping tiles a side keep of it.
+
+    `cut` is where the second tile begins, in alignments. A cell is kept where all that it sees lies on the tile, less
+    `halo` pixels, or beyond the image.
+    """
+    opened = session(model)
+    whole = run(opened, image)["feature_map"]
+    kept = np.full_like(whole, np.nan)
+    alignment, pixels = geometry.tiles().alignment, image.shape[1:3]
+    first = [each * step for each, step in zip(cut, alignment, strict=True)]
+    for top, left in ((0, 0), (0, first[1]), (first[0], 0), (first[0], first[1])):
+        begin, end, cells = [], [], []
+        for i, at in enumerate((top, left)):
+            begin.append(at)
+            # The first tile goes on so far that no cell falls between the two.
+            overlap = first[i] + geometry.receptive_field[i] + geometry.stride[i] + max(0, geometry.start[i])
+            end.append(pixels[i] if at else min(pixels[i], max(overlap, geometry.smallest_size[i])))
+        part = run(opened, image[:, begin[0] : end[0], begin[1] : end[1]])["feature_map"]
+        for i in (0, 1):
+            numbers = np.arange(part.shape[2 + i]) + begin[i] // geometry.stride[i]
+            start = geometry.start[i] + numbers * geometry.stride[i]
+            good = (start + halo >= begin[i]) | (begin[i] == 0)
+            good &= (start + geometry.receptive_field[i] - halo <= end[i]) | (end[i] == pixels[i])
+            cells.append(numbers[good])
+        local = [numbers - at // step for numbers, at, step in zip(cells, begin, geometry.stride, strict=True)]
+        kept[:, :, cells[0][:, None], cells[1]] = part[:, :, local[0][:, None], local[1]]
+    assert np.isfinite(kept).all(), "every cell is some tile's"
+    return float(np.abs(kept - whole).max() / max(1.0, np.abs(whole).max()))
+
+
+@few
+@example(
+    [Window("Conv", (3, 3), (2, 2), pads=(1, 1, 1, 1)), Resize((2, 2), "linear"), Window("Conv", (3, 3), (2, 2))], 0
+)
+@example([Window("MaxPool", (2, 2), (2, 2), auto_pad="SAME_UPPER"), Window("Conv", (3, 3), auto_pad="SAME_LOWER")], 1)
+@given(stages, st.integers(0, 2))
+def test_tiles_put_together_are_the_whole(path: list[Stage], extra: int) -> None:
+    model = build(*path)
+    try:
+        geometry = graph_geometry(model)
+    except InvalidModel as error:  # resized, cells may lie closer than pixels
+        assert "closer than the image's pixels" in str(error)
+        assume(False)
+    assume(not geometry.obstacles)
+    alignment = geometry.tiles().alignment
+    image = images_of(*(max(2 * geometry.receptive_field[i] + extra + 5, alignment[i] * 3 + 7) for i in (0, 1)))
+    cut = [max(1, (image.shape[1 + i] - max(geometry.smallest_size)) // alignment[i] // 2) for i in (0, 1)]
+    assume(all(image.shape[1 + i] - cut[i] * alignment[i] >= geometry.smallest_size[i] for i in (0, 1)))
+    assert from_tiles(geometry, model, image, (cut[0], cut[1])) < 1e-5
+
+
+def test_control_a_halo_too_short_is_seen_in_tiles() -> None:
+    model = build(Window("Conv", (5, 5), (2, 2), pads=(2, 2, 2, 2)), Window("Conv", (3, 3), pads=(1, 1, 1, 1)))
+    geometry = graph_geometry(model)
+    assert from_tiles(geometry, model, images_of(50, 61), (9, 10)) < 1e-6
+    # Fewer pixels than one step of cells make none that is wrong.
+    assert from_tiles(geometry, model, images_of(50, 61), (9, 10), halo=geometry.stride[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        [Cut((5, 5, 0, 0), step=1), Window("Conv", (3, 3), pads=(1, 1, 1, 1))],
+        [Window("Conv", (3, 3), (2, 2), auto_pad="SAME_UPPER")],
+    ],
+    ids=["crop", "SAME"],
+)
+def test_control_an_obstacle_is_one(path: list[Stage]) -> None:
+    """Tiles of a graph that is said to allow none are wrong."""
+    model = build(*path)
+    geometry = graph_geometry(model)
+    assert geometry.obstacles
+    assert from_tiles(geometry, model, images_of(50, 61), (9, 10)) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -239,6 +260,9 @@ def test_receptive_field_is_what_the_runtime_sees(path: list[Stage]) -> None:
         (Window("Conv", (3, 3), (2, 2)), (2, 2), (3, 3), (0, 0), (3, 3)),
         (Window("Conv", (3, 1), dilation=(2, 1)), (1, 1), (5, 1), (0, 0), (5, 1)),
         (Window("MaxPool", (3, 3), (2, 2), ceil_mode=True), (2, 2), (3, 3), (0, 0), (2, 2)),
+        (Window("MaxPool", (2, 2), (2, 2), auto_pad="SAME_UPPER"), (2, 2), (2, 2), (0, 0), (1, 1)),
+        (Cut((2, 0, 0, 3)), (1, 1), (1, 1), (-2, 0), (1, 1)),
+        (Cut((1, 0, 0, 0), step=2), (2, 2), (1, 1), (1, 0), (2, 1)),
     ],
 )
 def test_known_values(stage: Stage, stride: Pair, field: Pair, start: Pair, smallest: Pair) -> None:
@@ -247,6 +271,82 @@ def test_known_values(stage: Stage, stride: Pair, field: Pair, start: Pair, smal
     assert geometry.receptive_field == field
     assert geometry.start == start
     assert geometry.smallest_size == smallest
+    assert geometry.obstacles == ()
+
+
+@pytest.mark.parametrize(
+    ("resize", "start", "field"),
+    [
+        (Resize((2, 2)), -2, 6),  # the second of a cell's copies begins where the first does
+        (Resize((2, 2), "linear"), -4, 10),
+        (Resize((2, 2), "cubic"), -8, 18),
+    ],
+)
+def test_enlarged_cells_lie_closer(resize: Resize, start: int, field: int) -> None:
+    """From a map of jump 4: jump /= scale, and the hull of what the copies of a cell see."""
+    model = build(Window("MaxPool", (4, 4), (4, 4)), resize)
+    geometry = graph_geometry(model)
+    assert geometry.stride == (2, 2)
+    assert geometry.start == (start, start)
+    assert geometry.receptive_field == (field, field)
+    assert geometry.tiles().alignment == (4, 4), "a tile that begins between the coarse cells has others"
+    lit = seen(session(model), (24, 24), 0)["feature_map"]
+    check_cells(lit, geometry.graph.tensors["feature_map"], 0, tight=False)
+
+
+def test_cells_closer_than_pixels_are_listed_but_no_feature_map() -> None:
+    model = build(Resize((2, 4)), everything=True)
+    found = GraphGeometry(model).tensors["feature_map"]
+    assert found.jump == (Fraction(1, 2), Fraction(1, 4))
+    with pytest.raises(InvalidModel, match="cells of 'feature_map' lie closer than the image's pixels"):
+        graph_geometry(model)
+
+
+def test_the_table_says_what_each_map_is() -> None:
+    graph = GraphGeometry(build(Window("Conv", (3, 3), (2, 1)), "Relu"))
+    found = {name: (tensor.node, tensor.shape) for name, tensor in graph.tensors.items()}
+    assert found == {
+        "images": ("", ("N", "h", "w", 3)),
+        "cast_0": ("Cast 'node_cast_0'", ("N", "h", "w", 3)),
+        "mul_1": ("Mul 'node_mul_1'", ("N", "h", "w", 3)),
+        "transpose_2": ("Transpose 'node_transpose_2'", ("N", 3, "h", "w")),
+        "conv_3": ("Conv 'node_conv_3'", ("N", 3, "h", "w")),
+        "relu_4": ("Relu 'node_relu_4'", ("N", 3, "h", "w")),
+        "feature_map": ("Identity 'node_feature_map'", ("N", 3, "h", "w")),
+    }
+    assert graph.tensors["images"].jump == graph.tensors["images"].receptive_field == (1, 1)
+    assert graph.tensors["relu_4"].jump == (2, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(windows(), windows(), st.sampled_from(("Concat", "Add")))
+def test_branches_that_differ_are_told_with_the_first_size(one: Window, other: Window, join: str) -> None:
+    builder = Builder()
+    ends = [builder.window(builder.last, window) for window in (one, other)]
+    apart = builder.model(ends)
+    del apart.graph.node[-1]  # the feature map
+    opened, graph = session(apart), GraphGeometry(apart)
+    joined = build(Branches((one, other), join))
+    told = {each.reason.split(" pixels ")[1][:4]: each.reason for each in GraphGeometry(joined).disagreements}
+    for axis, word in enumerate(("high", "wide")):
+        first = None
+        least = graph.smallest_size[axis]
+        for pixels in range(least, least + 10):  # strides are at most 3
+            size = [max(least, 20) for least in graph.smallest_size]
+            size[axis] = pixels
+            maps = run(opened, np.zeros((1, *size, 3), np.uint8))
+            cells = sorted({found.shape[2 + axis] for found in maps.values()})
+            if len(cells) > 1:
+                first = f"sizes{{}}: {cells[0]} and {cells[1]} cells for an image {pixels} pixels {word}"
+                break
+        if first is None:
+            assert word not in told
+            continue
+        strides = sorted({one.stride[axis], other.stride[axis]})
+        between = f" and strides {strides[0]} and {strides[1]}" if len(strides) > 1 else ""
+        assert first.format(between) in told[word]
+        with pytest.raises(InvalidInput, match=r"joins branches .* this model does not work at that size"):
+            graph_geometry(joined).output_size(*size)
 
 
 class Residual(nn.Module):
@@ -260,6 +360,7 @@ class Residual(nn.Module):
             nn.Conv2d(8, 8, 3, padding=1, groups=8),
             nn.BatchNorm2d(8),
             nn.GELU(),
+            nn.ChannelShuffle(2),
             nn.Conv2d(8, 8, 3, padding=2, dilation=2),
             nn.LeakyReLU(0.1),
         )
@@ -295,12 +396,22 @@ def test_what_torch_exports() -> None:
     assert geometry.receptive_field == (7 + 4 + 2 * 4 + 4 * 4 + 4,) * 2
     assert geometry.start == (-3 - 2 - 4 - 8,) * 2
     assert geometry.smallest_size == (1, 1)
+    assert geometry.obstacles == ()
+    geometry.graph.check_sizes()
     for height, width in ((1, 1), (1, 50), (7, 5), (31, 33), (64, 65)):
         with torch.no_grad():
             expected = net(torch.zeros(1, height, width, 3, dtype=torch.uint8))[2].shape[2:]
         assert geometry.output_size(height, width) == tuple(expected)
     stem, pooled = (32 * 33, 16 * 17)
     assert geometry.multiply_adds(63, 66) == stem * 8 * 3 * 49 + pooled * (8 * 9 + 8 * 8 * 9)
+
+
+def test_the_bundled_model_can_be_tiled() -> None:
+    """Several levels of the image, their maps averaged on the coarsest grid and divided by summed weights."""
+    geometry = graph_geometry(onnx.load(BUNDLED))
+    assert geometry.tiles().possible
+    geometry.graph.check_sizes()
+    assert geometry.tiles().alignment == geometry.stride
 
 
 def test_heads_count_for_the_smallest_size_alone() -> None:
@@ -317,89 +428,9 @@ def test_heads_count_for_the_smallest_size_alone() -> None:
     assert geometry.output_size(9, 9) == (9, 9)
     assert geometry.receptive_field == alone.receptive_field
     assert geometry.multiply_adds(9, 9) == alone.multiply_adds(9, 9) == 9 * 9 * 3 * 3 * 9
+    assert geometry.obstacles == ()
 
 
-def refused(*add: Callable[[Builder], str]) -> str:
-    """The message for a graph that ends in what `add` makes."""
-    builder = Builder()
-    for step in add:
-        builder.last = step(builder)
-    with pytest.raises(InvalidModel) as error:
-        graph_geometry(builder.model())
-    return str(error.value)
-
-
-def test_what_breaks_the_view_is_refused_by_name() -> None:
-    def node(op: str, *constants: np.ndarray, **attributes: Any) -> Callable[[Builder], str]:
-        def step(b: Builder) -> str:
-            names = [b.constant(f"c{len(b.weights)}_{i}", value) for i, value in enumerate(constants)]
-            return b.node(op, [b.last, *names], **attributes)
-
-        return step
-
-    cases = {
-        "GlobalAveragePool": node("GlobalAveragePool"),
-        "ReduceMean": node("ReduceMean", np.array([2, 3])),
-        "Reshape": node("Reshape", np.array([0, 0, 7, 7])),
-        "Flatten": node("Flatten"),
-        "InstanceNormalization": node("InstanceNormalization", np.ones(3, "f"), np.zeros(3, "f")),
-        "Resize": node("Resize", np.ones(0, "f"), np.array([1, 1, 2, 2], "f")),
-        "Shape": node("Shape"),
-        "Add": node("Add", np.zeros((1, 3, 7, 7), "f")),
-        "Mul": node("Mul", np.zeros(5, "f")),
-        "Softmax": node("Softmax", axis=3),
-        "Whatever": node("Whatever"),
-        "Relu": node("Relu", domain="com.example"),
-        "Concat": lambda b: b.node("Concat", [b.last, b.last], axis=-2),
-        "MaxPool": lambda b: b.window(b.node("Transpose", [b.last], perm=[0, 2, 3, 1]), Window("MaxPool", (3, 3))),
-    }
-    for op, step in cases.items():
-        message = refused(step)
-        assert f"{op} 'node_{op.lower()}_" in message, message
-        assert "cannot stand between 'images' and 'feature_map'" in message
-
-
-def test_a_value_of_the_whole_image_is_refused_where_it_is_made() -> None:
-    """Squeeze and excite."""
-    message = refused(lambda b: b.node("Mul", [b.last, b.node("GlobalAveragePool", [b.last])]))
-    assert message.startswith("GlobalAveragePool 'node_")
-
-
-def test_padding_that_depends_on_the_size_is_refused() -> None:
-    message = refused(lambda b: b.window(b.last, Window("Conv", (3, 3), (2, 2), auto_pad="SAME_UPPER")))
-    assert message.startswith("Conv 'node_conv_")
-    assert "write the pads out" in message
-
-
-def test_branches_must_agree() -> None:
-    """Inception v2's reduction: equal on even sizes, not on odd ones."""
-
-    def join(*windows: Window) -> Callable[[Builder], str]:
-        return lambda b: b.node("Concat", [b.window(b.last, w) for w in windows], axis=1)
-
-    conv = Window("Conv", (3, 3), (2, 2), pads=(1, 1, 1, 1))
-    message = refused(join(conv, Window("MaxPool", (3, 3), (2, 2), pads=(0, 0, 1, 1))))
-    assert message.startswith("Concat 'node_concat_")
-    assert "different sizes: 0 and 1 cells from 1 pixels" in message or "cells from 3 pixels" in message
-    message = refused(join(conv, Window("Conv", (1, 1))))
-    assert "joins branches of strides 1 and 2" in message
-    # Padded as the reference says, they agree.
-    graph_geometry(build(Branches((conv, Window("MaxPool", (3, 3), (2, 2), pads=(0, 0, 2, 2))), "Concat")))
-
-
-def test_what_is_no_model_of_ours_is_refused() -> None:
-    assert "no output 'feature_map'" in refused(lambda b: b.node("Transpose", [b.last], perm=[0, 2, 3, 1]))
-    assert "no output 'feature_map'" in refused(lambda b: b.constant("fixed", np.zeros((1, 3, 2, 2), "f")))
-    builder = Builder()
-    builder.node("Relu", [builder.last], output="elsewhere")
-    model = builder.model(["elsewhere"])
-    del model.graph.node[-1]
-    with pytest.raises(InvalidModel, match="no output 'feature_map'"):
-        graph_geometry(model)
-    for window in (Window("Conv", (1, 1), (5000, 1)), Window("MaxPool", (1, 5000))):
-        assert "more than 4096 pixels" in refused(lambda b, w=window: b.window(b.last, w))  # type: ignore[misc]
-
-
-def test_serving_needs_no_onnx() -> None:
+def test_it_is_read_without_the_onnx_package() -> None:
     code = "import sys, fullframe.model.geometry; sys.exit('onnx' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,7 +25,7 @@ COMMANDS: Final = {
     "evaluate": ("fullframe.learn.commands:evaluate", "Measure a model's accuracy at several sizes."),
 }
 
-_LEARN: Final = frozenset({"torch", "onnx", "onnxscript", "safetensors", "matplotlib"})
+_LEARN: Final = frozenset({"torch", "PIL", "onnxscript", "safetensors", "matplotlib"})
 """Packages of the learn extra."""
 
 

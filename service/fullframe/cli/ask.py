@@ -48,7 +48,7 @@ def classify(
     model: ModelOption = "",
     engine: EngineOption = "auto",
     precision: PrecisionOption = "float32",
-    max_megapixels: MegapixelsOption = 32,
+    max_megapixels: MegapixelsOption = 100_000,
     timeout: TimeoutOption = 30,
 ) -> None:
     """Name the most probable classes of images."""
@@ -82,7 +82,7 @@ def embed(
     model: ModelOption = "",
     engine: EngineOption = "auto",
     precision: PrecisionOption = "float32",
-    max_megapixels: MegapixelsOption = 32,
+    max_megapixels: MegapixelsOption = 100_000,
     timeout: TimeoutOption = 30,
 ) -> None:
     """Compute pooled features of images."""

@@ -1,5 +1,6 @@
 """`models` and `inspect`: what can be asked, on a server or in files, in a readable form."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,8 @@ from fullframe.cli.options import JsonOption, ServerOption
 from fullframe.cli.show import console, print_json, print_table, size_text
 
 if TYPE_CHECKING:
-    from fullframe.model.contract import Contract
+    from fullframe.model.contract import Contract, Tiles
+    from fullframe.model.geometry import GraphGeometry, TensorGeometry
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,21 @@ def inspect(
     ] = "",
     as_json: JsonOption = False,
     server: ServerOption = "",
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Show what the cells of every map in the file's graph see instead.")
+    ] = False,
+    size: Annotated[
+        str, typer.Option("--size", metavar="WxH", help="With --graph: show the maps' sizes for such an image too.")
+    ] = "",
 ) -> None:
     """Show a model's contract: labels, geometry, training record."""
+    if size and not graph:
+        raise typer.BadParameter("the sizes of maps are shown with --graph", param_hint="--size")
+    if graph:
+        if server:
+            raise typer.BadParameter("a server does not tell its models' graphs; give a file", param_hint="--graph")
+        _print_graphs(model, _pixels(size) if size else None, as_json)
+        return
     name, _, version = model.partition("/")
     found = list(_served(server, name, version) if server else _stored([model] if model else []))
     for listed in found:
@@ -106,6 +121,7 @@ def _print_contract(model: _Listed) -> None:
         "receptive field": f"{size_text(*contract.receptive_field)} pixels seen by one cell",
         "first cell": f"sees from pixel {contract.start[1]}, {contract.start[0]} (x, y)",
         "smallest image": f"{size_text(*contract.smallest_size)} pixels",
+        "tiles": _tiles_text(contract.tiles),
         "normalisation": contract.normalisation,
         "training": contract.training,
     }
@@ -113,6 +129,86 @@ def _print_contract(model: _Listed) -> None:
     for name, value in lines.items():
         for line in _lines(name, value):
             printer.print(line, markup=False, soft_wrap=True)
+
+
+def _tiles_text(tiles: "Tiles | None") -> str:
+    if tiles is None:
+        return "not known: the file does not say"
+    if tiles.possible:
+        return f"possible, from multiples of {size_text(*tiles.alignment)} pixels"
+    return "not possible: " + "; ".join(tiles.obstacles)
+
+
+def _pixels(size: str) -> tuple[int, int]:
+    """Height and width of what a user writes as WxH."""
+    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", size)
+    if match is None:
+        raise typer.BadParameter(f"{size!r} is no size; write 640x480 (width x height)", param_hint="--size")
+    return int(match[2]), int(match[1])
+
+
+def _print_graphs(model: str, size: tuple[int, int] | None, as_json: bool) -> None:
+    """The maps of graphs as tables, or each map as a line of JSON; files need not follow the contract."""
+    from fullframe.convert.metadata import load_model
+    from fullframe.model.geometry import GraphGeometry
+    from fullframe.model.repository import BUNDLED_NAME, find_models
+
+    for file in find_models([] if model in ("", BUNDLED_NAME) else [model]):
+        graph = GraphGeometry(load_model(file.path))
+        sizes = {name: graph.size_of(name, *size) for name in graph.tensors} if size else {}
+        if not as_json:
+            _print_graph(f"{file.name}, version {file.version}", graph, sizes)
+            continue
+        for tensor in graph.tensors.values():
+            print_json({"model": file.name, "version": file.version} | _map_fields(tensor, sizes))
+
+
+_Sizes = Mapping[str, tuple[int | None, int | None]]
+
+
+def _map_fields(tensor: "TensorGeometry", sizes: _Sizes) -> dict[str, Any]:
+    """A map for programs; pairs are [height, width], and only cells closer than pixels have fractions."""
+    pairs = {name: getattr(tensor, name) for name in ("jump", "receptive_field", "start")}
+    return {
+        "tensor": tensor.name,
+        "node": tensor.node,
+        "shape": tensor.shape,
+        **{name: [int(x) if x == int(x) else float(x) for x in pair] for name, pair in pairs.items()},
+        **({"size": sizes[tensor.name]} if sizes else {}),
+        "obstacles": [str(obstacle) for obstacle in tensor.obstacles],
+    }
+
+
+def _print_graph(title: str, graph: "GraphGeometry", sizes: _Sizes) -> None:
+    def text(pair: Sequence[object], between: str = "x") -> str:
+        return between.join("?" if each is None else str(each) for each in reversed(pair))
+
+    rows = [
+        (
+            tensor.name,
+            ",".join(map(str, tensor.shape)),
+            text(tensor.jump),
+            text(tensor.receptive_field) + ("+" if tensor.obstacles else ""),
+            text(tensor.start, ", "),
+            *([text(sizes[tensor.name])] if sizes else []),
+            tensor.node,
+        )
+        for tensor in graph.tensors.values()
+    ]
+    printer = console()
+    printer.print(title, markup=False)
+    headings = ("map", "shape", "jump", "sees", "from x, y", *(["cells"] if sizes else []), "made by")
+    print_table(headings, rows, right=range(2, len(headings) - 1))
+    obstacles = [each for tensor in graph.tensors.values() for each in tensor.obstacles]
+    notes = {
+        "smallest image": [f"{size_text(*graph.smallest_size)} pixels"],
+        "sizes that fail": graph.disagreements,
+        "sizes not known": graph.doubts,
+        "+ sees more": [each for each in obstacles if each not in graph.doubts],
+    }
+    for name, values in notes.items():
+        for value in dict.fromkeys(map(str, values)):
+            printer.print(f"{name:16}  {value}", markup=False, soft_wrap=True)
 
 
 def _lines(name: str, value: Any, indent: str = "") -> Iterator[str]:

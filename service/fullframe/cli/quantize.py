@@ -29,9 +29,10 @@ def quantize(
         Path | None, typer.Option(metavar="DATA", help="Compare on these held-out images, as train reads them.")
     ] = None,
 ) -> None:
-    """Make a model's int8 copy, faster on a CPU, and compare the two.
+    """Make a model's int8 copy, faster on a CPU.
 
-    The copy follows the same contract and records what the comparison found. `--precision int8` serves it.
+    The copy follows the same contract; the two are compared, and the copy records what was found. `--precision int8`
+    serves it.
     """
     from rich.console import Console
     from rich.progress import Progress

@@ -12,7 +12,7 @@ import numpy as np
 from fullframe.engine.pooling import Pooling
 from fullframe.engine.query import Answer, ClassScore, FloatArray, Query, Timings
 from fullframe.errors import InvalidInput
-from fullframe.model.contract import FLOAT32, Contract
+from fullframe.model.contract import FLOAT32, Contract, Tiles
 from fullframe.v1 import vision_pb2 as pb
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def served_model(message: pb.ModelInfo) -> ServedModel:
         precision=more.get("precision", FLOAT32),
         normalisation=more.get("normalisation", {}),
         training=more.get("training", {}),
+        tiles=Tiles.from_fields(more["tiles"]) if more.get("tiles") else None,
     )
     return ServedModel(message.model.name, message.model.version, message.default, contract)
 

@@ -72,8 +72,6 @@ def quantize(model: Path, output: Path, images: Iterable[Pixels]) -> Contract:
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            # Every tensor's range is kept for this many images, not for all, before they are merged.
-            extra_options={"CalibMaxIntermediateOutputs": 100},
         )
         copy = onnx.load(quantized)
         record = {FLOAT32: contract.training, "calibration_images": reader.read}

@@ -49,15 +49,16 @@ class OrtEngine:
         pattern: ONNX Runtime's memory patterns: one more plan in memory for every image size that comes by.
 
     Attributes:
-        contract: the file's metadata, checked against its graph.
+        path: the file.
+        contract: its metadata, checked against its graph.
 
     Raises:
         InvalidModel: the file is no ONNX model or breaks the contract.
     """
 
     def __init__(self, path: Path, *, arena: bool = True, pattern: bool = False) -> None:
-        self._path, self._arena, self._pattern = path, arena, pattern
-        self._one_core = self._session(1)
+        self.path, self._arena, self._pattern = path, arena, pattern
+        self._one_core = self.open_session(path, 1)
         self._all_cores_session: ort.InferenceSession | None = None
         self._opening = threading.Lock()
         self.contract = Contract.from_metadata(self._one_core.get_modelmeta().custom_metadata_map)
@@ -67,7 +68,7 @@ class OrtEngine:
         """Opened when first needed: not every process meets a lone or large image."""
         with self._opening:
             if self._all_cores_session is None:
-                self._all_cores_session = self._session(available_cores())
+                self._all_cores_session = self.open_session(self.path, available_cores())
             return self._all_cores_session
 
     @cached_property
@@ -110,7 +111,8 @@ class OrtEngine:
                 "images",
             )
 
-    def _session(self, threads: int) -> ort.InferenceSession:
+    def open_session(self, model: Path | bytes, threads: int) -> ort.InferenceSession:
+        """A session on a file or a serialized graph with this engine's settings; raises InvalidModel."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -122,10 +124,10 @@ class OrtEngine:
         # Threads that went on spinning between runs would take cores from the other workers.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            return ort.InferenceSession(self._path, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            reason = str(error).splitlines()[0].replace(str(self._path), self._path.name)
-            raise InvalidModel(f"{self._path.name} can't be loaded: {reason}") from error
+            reason = str(error).splitlines()[0].replace(str(self.path), self.path.name)
+            raise InvalidModel(f"{self.path.name} can't be loaded: {reason}") from error
 
 
 def _tensors(nodes: Sequence[Any]) -> list[TensorInfo]:

@@ -1,23 +1,29 @@
 """The data plane under every transport: named models, images in, futures of answers out."""
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Final
 
 from fullframe.engine.answer import answer_from, outputs_for
+from fullframe.engine.merge import Merging
 from fullframe.engine.ort import OrtEngine, available_cores
 from fullframe.engine.query import Answer, Query, Timings
 from fullframe.engine.schedule import Counters, Job, Scheduler, Turn
-from fullframe.errors import NotFound, quoted
+from fullframe.engine.tiles import Tiler
+from fullframe.errors import InvalidInput, InvalidModel, NotFound, quoted
 from fullframe.image import Limits, Picture, open_encoded, open_raw
 from fullframe.model.contract import Contract
 from fullframe.model.repository import Precision, find_models, version_order
 
 DEFAULT_PIXELS_IN_FLIGHT: Final = 256_000_000
+DEFAULT_TILE_PIXELS: Final = 4_000_000
 
+_making_tilers: Final = threading.Lock()
+_STEP: Final = 0.1  # seconds that a huge image is worked on before others have their turn
 
 # The header of such a file is read sooner than another thread could be told to; other formats have long ones.
 _QUICK_BYTES: Final = 256 * 1024
@@ -40,7 +46,7 @@ class RawImage:
     width: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Served:
     """A model that is loaded and can be asked."""
 
@@ -54,6 +60,21 @@ class Served:
         """The model's own metadata."""
         return self.engine.contract
 
+    @property
+    def tiler(self) -> Tiler:
+        """For huge images, made when the first one comes; raises InvalidInput where the model can't be tiled."""
+        with _making_tilers:
+            try:
+                return self._tiler
+            except InvalidModel as error:
+                raise InvalidInput(
+                    f"an image of this size must be computed in pieces, and this model {error}", "images"
+                ) from error
+
+    @cached_property
+    def _tiler(self) -> Tiler:
+        return Tiler(self.engine)
+
 
 class Plane:
     """Answers queries about images; safe to call from any thread.
@@ -63,6 +84,7 @@ class Plane:
         limits: what an image may be.
         workers: images worked on at once; 0 for one on each core.
         max_pixels_in_flight: see Scheduler.
+        tile_pixels: a larger image is computed in pieces; it counts for so many pixels in flight.
     """
 
     def __init__(
@@ -72,8 +94,9 @@ class Plane:
         limits: Limits,
         workers: int = 0,
         max_pixels_in_flight: int = DEFAULT_PIXELS_IN_FLIGHT,
+        tile_pixels: int = DEFAULT_TILE_PIXELS,
     ) -> None:
-        self.limits = limits
+        self.limits, self._tile_pixels = limits, tile_pixels
         self._models = list(models)
         self._scheduler = Scheduler(workers or available_cores(), max_pixels_in_flight)
         # Headers are read beside the queue, since admission needs their sizes.
@@ -118,11 +141,14 @@ class Plane:
         raise InvalidInput, for a damaged or too small image.
         """
         outputs = outputs_for(query, model.contract)
-        jobs = [
-            Job(picture.height * picture.width, partial(_answer, model, picture, query, outputs))
-            for picture in pictures
-        ]
+        jobs = [self._job(model, picture, query, outputs) for picture in pictures]
         return self._scheduler.submit(jobs, deadline)
+
+    def _job(self, model: Served, picture: Picture, query: Query, outputs: Sequence[str]) -> Job:
+        pixels = picture.height * picture.width
+        if pixels > self._tile_pixels:
+            return Job(self._tile_pixels, partial(_answer_in_pieces, model, picture, query), in_steps=True)
+        return Job(pixels, partial(_answer, model, picture, query, outputs))
 
     def counters(self) -> Counters:
         """What became of every image submitted."""
@@ -148,12 +174,19 @@ def open_plane(
     limits: Limits | None = None,
     workers: int = 0,
     max_pixels_in_flight: int = DEFAULT_PIXELS_IN_FLIGHT,
+    tile_pixels: int = DEFAULT_TILE_PIXELS,
     precision: Precision = "float32",
 ) -> Plane:
     """Load the models that `specs` and `precision` choose (model.repository.find_models) and start the workers."""
     files = find_models(specs, precision)
     models = [Served(f.name, f.version, f.name == files[0].name, OrtEngine(f.path)) for f in files]
-    return Plane(models, limits=limits or Limits(), workers=workers, max_pixels_in_flight=max_pixels_in_flight)
+    return Plane(
+        models,
+        limits=limits or Limits(),
+        workers=workers,
+        max_pixels_in_flight=max_pixels_in_flight,
+        tile_pixels=tile_pixels,
+    )
 
 
 def _answer(model: Served, picture: Picture, query: Query, outputs: Sequence[str], turn: Turn) -> Answer:
@@ -165,4 +198,25 @@ def _answer(model: Served, picture: Picture, query: Query, outputs: Sequence[str
     results = model.engine.run(pixels, outputs, alone=turn.alone)
     answer = answer_from(results, query, model.contract, picture.height, picture.width)
     answer.timings = Timings(decoded - started, turn.queued, time.monotonic() - decoded)
+    return answer
+
+
+def _answer_in_pieces(model: Served, picture: Picture, query: Query, turn: Turn) -> Generator[None, Turn, Answer]:
+    """The same for an image that is never held whole, in steps."""
+    model.engine.check_size(picture.height, picture.width)
+    worked = decoded = 0.0
+    started = time.monotonic()
+    with picture.regions() as regions:
+        tiler = model.tiler
+        merging = Merging(query, model.contract, tiler.map_size(regions.height, regions.width))
+        for piece in tiler.pieces(regions, merging.outputs):
+            merging.add(piece)
+            decoded += piece.read_seconds
+            if (spent := time.monotonic() - started) > _STEP:
+                worked += spent
+                turn = yield
+                started = time.monotonic()
+    answer = merging.answer(picture.height, picture.width)
+    worked += time.monotonic() - started
+    answer.timings = Timings(decoded, turn.queued, worked - decoded)
     return answer

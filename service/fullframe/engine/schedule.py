@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,7 @@ _SHORTEST_RETRY: Final = 0.1  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a job is told when its turn comes: seconds it waited, and whether it has the machine to itself."""
+    """What a job is told when its turn comes: seconds it has waited, and whether it has the machine to itself."""
 
     queued: float
     alone: bool
@@ -26,10 +26,18 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Work on `pixels` pixels; `work` runs on a worker's thread and its result becomes the future's."""
+    """Work on `pixels` pixels; `work` runs on a worker's thread and its result becomes the future's.
+
+    Attributes:
+        pixels: what it counts for in the queue.
+        work: a function of the job's turn.
+        in_steps: `work` is a generator function; what it returns is the result. It is sent the next turn where it
+            yields, when others have had theirs; there it can be cancelled, and its deadline can pass.
+    """
 
     pixels: int
     work: Callable[[Turn], Any]
+    in_steps: bool = False
 
 
 @dataclass(slots=True)
@@ -56,10 +64,17 @@ class _Entry:
     deadline: float
     future: Future[Any] = field(default_factory=Future)
     entered: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    steps: Generator[None, Turn, Any] | None = None
+
+    def close(self) -> None:
+        """Let go of what a job in steps holds."""
+        if self.steps is not None:
+            self.steps.close()
 
 
 class Scheduler:
-    """Runs jobs first come, first served on `workers` threads.
+    """Runs jobs first come, first served on `workers` threads; those in steps go to the end after each.
 
     Args:
         workers: jobs worked on at once.
@@ -156,24 +171,43 @@ class Scheduler:
         if not future.cancelled():
             return
         with self._lock:
-            if entry in self._queue:  # otherwise a worker has just taken it, and finds it cancelled
+            queued = entry in self._queue
+            if queued:  # otherwise a worker has just taken it, and finds it cancelled
                 self._queue.remove(entry)
                 self._counters.queued -= 1
                 self._end(entry, "cancelled")
+        if queued:
+            entry.close()
 
     def _serve(self) -> None:
         while (taken := self._take()) is not None:
             entry, alone = taken
             started = time.monotonic()
-            outcome, deliver = self._run(entry, Turn(started - entry.entered, alone), started)
+            entry.waited += started - entry.entered
+            outcome, deliver = self._run(entry, Turn(entry.waited, alone), started)
             with self._lock:
                 self._counters.running -= 1
-                if outcome == "finished":
+                if outcome == "paused":
+                    outcome, deliver = self._pause(entry)
+                elif outcome == "finished" and not entry.job.in_steps:
                     self._timed_pixels = _MEMORY * self._timed_pixels + entry.job.pixels
                     self._timed_seconds = _MEMORY * self._timed_seconds + time.monotonic() - started
-                self._end(entry, outcome)
+                if outcome != "paused":
+                    self._end(entry, outcome)
             deliver()  # after the counting, so that whoever has an answer finds it counted
+            if outcome != "paused":
+                entry.close()
             del taken, entry, deliver  # an idle worker must not keep the last image alive
+
+    def _pause(self, entry: _Entry) -> tuple[str, Callable[[], object]]:
+        """Queue a job in steps again, behind the others, unless it is not wanted any more."""
+        if self._closed or entry.future.cancelled():
+            return "cancelled", entry.future.cancel
+        entry.entered = time.monotonic()
+        self._counters.queued += 1
+        self._queue.append(entry)
+        self._arrived.notify()
+        return "paused", lambda: None
 
     def _take(self) -> tuple[_Entry, bool] | None:
         """The next job, and whether it has the machine to itself; None when there will be no more."""
@@ -187,17 +221,27 @@ class Scheduler:
             self._counters.running += 1
             return entry, self._counters.running == 1 and not self._queue
 
-    def _run(self, entry: _Entry, turn: Turn, now: float) -> tuple[str, Callable[[], None]]:
-        """The outcome, and what tells the future of it."""
-        if not entry.future.set_running_or_notify_cancel():
+    def _run(self, entry: _Entry, turn: Turn, now: float) -> tuple[str, Callable[[], object]]:
+        """The outcome, or "paused" where there are more steps, and what tells the future of it."""
+        future = entry.future
+        if future.cancelled() or not (entry.job.in_steps or future.set_running_or_notify_cancel()):
             return "cancelled", lambda: None
         if now >= entry.deadline:
-            late = DeadlinePassed("the deadline passed while the image was queued")
-            return "expired", partial(entry.future.set_exception, late)
+            where = "queued" if entry.steps is None else "worked on"
+            return _told(future, "expired", DeadlinePassed(f"the deadline passed while the image was {where}"))
         try:
-            return "finished", partial(entry.future.set_result, entry.job.work(turn))
+            if not entry.job.in_steps:
+                return "finished", partial(future.set_result, entry.job.work(turn))
+            if entry.steps is None:
+                entry.steps = entry.job.work(turn)
+                next(entry.steps)
+            else:
+                entry.steps.send(turn)
+            return "paused", lambda: None
+        except StopIteration as end:
+            return _told(future, "finished", result=end.value)
         except BaseException as error:  # whatever it is, it is the caller's: the worker goes on
-            return "failed", partial(entry.future.set_exception, error)
+            return _told(future, "failed", error)
 
     def _end(self, entry: _Entry, outcome: str) -> None:
         setattr(self._counters, outcome, getattr(self._counters, outcome) + 1)
@@ -207,6 +251,17 @@ class Scheduler:
 
     def _is_empty(self) -> bool:
         return not self._counters.queued and not self._counters.running
+
+
+def _told(
+    future: Future[Any], outcome: str, error: BaseException | None = None, result: Any = None
+) -> tuple[str, Callable[[], object]]:
+    """The outcome and what tells the future of it, which may have been cancelled until now."""
+    if not future.running() and not future.set_running_or_notify_cancel():
+        return "cancelled", lambda: None
+    if error is not None:
+        return outcome, partial(future.set_exception, error)
+    return outcome, partial(future.set_result, result)
 
 
 def _megapixels(pixels: int) -> str:

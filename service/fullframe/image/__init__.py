@@ -5,14 +5,17 @@ from fullframe.image.decode import Picture, encode_png, open_encoded
 from fullframe.image.formats import SUPPORTED
 from fullframe.image.limits import Limits
 from fullframe.image.overlay import draw_class_map
+from fullframe.image.regions import Checkpoint, Regions
 from fullframe.image.source import ImageSource, open_raw, open_source
 
 __all__ = [
     "SUPPORTED",
+    "Checkpoint",
     "ImageSource",
     "Limits",
     "Picture",
     "Pixels",
+    "Regions",
     "draw_class_map",
     "encode_png",
     "open_encoded",

@@ -1,15 +1,28 @@
 """Encoded bytes <-> pixels."""
 
+from contextlib import closing
 from typing import Protocol
 
 import numpy as np
 import pyvips
 
-from fullframe.errors import InvalidInput
 from fullframe.image import formats
-from fullframe.image.colour import Pixels, check_colour, is_srgb, to_pixels, to_srgb
+from fullframe.image.colour import Pixels, check_colour, is_srgb
+from fullframe.image.encoded import Encoded, InMemory, OnDisk
 from fullframe.image.jpeg import PlainHeader, decode_plain, read_plain
 from fullframe.image.limits import Limits, listed, refused
+from fullframe.image.orientation import orientation_of
+from fullframe.image.regions import (
+    Checkpoint,
+    HeldRegions,
+    Regions,
+    RowRegions,
+    TileRegions,
+    gather,
+    gather_on_disk,
+    no_checkpoint,
+)
+from fullframe.image.stored import Stored, check_held, is_decoded_whole, open_vips, tile_size, unreadable
 
 
 class Picture(Protocol):
@@ -28,17 +41,35 @@ class Picture(Protocol):
         """uint8 [height, width, 3], sRGB. Raises InvalidInput if the data is damaged."""
         ...
 
+    def regions(self, checkpoint: Checkpoint = no_checkpoint) -> Regions:
+        """Open it for reading in pieces, each the same pixels as in `pixels()`.
+
+        What cannot be decoded in pieces is decoded here, within limits: files that are interlaced or progressive, and
+        those stored in rows that are shown from the bottom up, or as columns.
+
+        Args:
+            checkpoint: called again and again, here and while regions are read; what it raises ends the reading.
+
+        Raises:
+            InvalidInput: the data is damaged.
+            Overloaded: no disk space is left to turn a huge picture.
+        """
+        ...
+
 
 class VipsPicture:
     """A file whose header libvips has read, within limits."""
 
-    def __init__(self, data: bytes, format: str, image: pyvips.Image) -> None:
+    def __init__(self, encoded: Encoded, format: str, image: pyvips.Image, limits: Limits) -> None:
         self.format = format
-        self.height, self.width = image.height, image.width
-        if _orientation(image) >= 5:
-            self.height, self.width = self.width, self.height
-        self._data = data
+        self._orientation = orientation_of(image)
+        self._in_rows = not is_decoded_whole(image, format)
+        self.height, self.width = self._orientation.size(image.height, image.width)
+        self._encoded = encoded
         self._unread = [image]
+        self._held = self.height * self.width <= limits.max_held_pixels
+        if not (self._held or tile_size(image) or self._orientation.keeps_rows):
+            limits.check_temporary(3 * self.height * self.width)
 
     def pixels(self) -> Pixels:
         """uint8 [height, width, 3], sRGB; decodes anew at each call, safe from any thread.
@@ -46,17 +77,32 @@ class VipsPicture:
         Raises:
             InvalidInput: the data ends early or is damaged.
         """
+        with closing(self._open()) as stored:
+            return gather(stored, self._orientation)
+
+    def regions(self, checkpoint: Checkpoint = no_checkpoint) -> Regions:
+        """As Picture.regions; each call opens it anew."""
+        stored = self._open()
+        if stored.tile:
+            return TileRegions(stored, stored.tile, self._orientation, checkpoint)
+        if self._in_rows and self._orientation.keeps_rows:
+            return RowRegions(stored, self._orientation, checkpoint)
+        with closing(stored):
+            gathered = gather if self._held else gather_on_disk
+            return HeldRegions(gathered(stored, self._orientation, checkpoint))
+
+    def _open(self) -> Stored:
         try:
-            return _decode(self._open())
+            return Stored(self._encoded, self.format, self._image())
         except formats.VIPS_ERRORS:
             pass  # and raise below: an error that is kept somewhere must not keep libvips' image through its context
-        raise _unreadable(self.format)
+        raise unreadable(self.format)
 
-    def _open(self) -> pyvips.Image:
+    def _image(self) -> pyvips.Image:
         try:
             return self._unread.pop()
         except IndexError:
-            return formats.open_vips(self._data, self.format)
+            return open_vips(self._encoded, self.format)
 
 
 class PlainJpeg:
@@ -78,42 +124,27 @@ class PlainJpeg:
             pixels = decode_plain(self._data, self.height, self.width)
             if pixels is not None:
                 return pixels
-        return _open_with_vips(self._data, self.format, self._limits).pixels()
+        return _open_with_vips(InMemory(self._data), self.format, self._limits).pixels()
+
+    def regions(self, checkpoint: Checkpoint = no_checkpoint) -> Regions:
+        """As Picture.regions; small as it is, decoded at once."""
+        checkpoint()
+        return HeldRegions(self.pixels())
 
 
-def open_encoded(data: bytes, limits: Limits) -> Picture:
+def open_encoded(data: bytes | OnDisk, limits: Limits) -> Picture:
     """Recognise a file, read its header and hold it against limits; no pixel is decoded.
 
     Raises:
         InvalidInput: empty, not of an allowed format, damaged, beyond a limit, or of colours that cannot be read.
     """
-    limits.check_bytes(len(data))
-    format = _allowed_format(data, limits)
-    header = read_plain(data) if format == "jpeg" else None
-    if header is None:
-        return _open_with_vips(data, format, limits)
-    limits.check_size(header.height, header.width)
-    return PlainJpeg(data, header, limits)
-
-
-def _open_with_vips(data: bytes, format: str, limits: Limits) -> VipsPicture:
-    try:
-        image = formats.open_vips(data, format)
-        frames = image.get("n-pages") if image.get_typeof("n-pages") else 1
-    except formats.VIPS_ERRORS:
-        raise _unreadable(format) from None
-    limits.check_size(image.height, image.width)
-    limits.check_frames(frames)
-    check_colour(image)
-    return VipsPicture(data, format, image)
-
-
-def _decode(image: pyvips.Image) -> Pixels:
-    orientation = _orientation(image)
-    image = to_srgb(image)
-    if orientation > 1:
-        image = pyvips.Operation.call("autorot", image.copy_memory())
-    return to_pixels(image)
+    encoded = InMemory(data) if isinstance(data, bytes) else data
+    limits.check_bytes(len(encoded))
+    format = _allowed_format(encoded, limits)
+    if isinstance(data, bytes) and format == "jpeg" and (header := read_plain(data)) is not None:
+        limits.check_size(header.height, header.width)
+        return PlainJpeg(data, header, limits)
+    return _open_with_vips(encoded, format, limits)
 
 
 def encode_png(pixels: Pixels) -> bytes:
@@ -123,19 +154,22 @@ def encode_png(pixels: Pixels) -> bytes:
     return bytes(image.copy(interpretation="srgb").pngsave_buffer())
 
 
-def _allowed_format(data: bytes, limits: Limits) -> str:
-    format = formats.sniff(data)
+def _open_with_vips(encoded: Encoded, format: str, limits: Limits) -> VipsPicture:
+    try:
+        image = open_vips(encoded, format)
+        frames = image.get("n-pages") if image.get_typeof("n-pages") else 1
+    except formats.VIPS_ERRORS:
+        raise unreadable(format) from None
+    limits.check_size(image.height, image.width)
+    limits.check_frames(frames)
+    check_held(image, format, limits)
+    check_colour(image)
+    return VipsPicture(encoded, format, image, limits)
+
+
+def _allowed_format(encoded: Encoded, limits: Limits) -> str:
+    format = formats.sniff(encoded.head)
     if format in limits.formats:
         return format
-    what = f"this is {format or 'no known image format'}" if data else "the image is empty (0 bytes)"
+    what = f"this is {format or 'no known image format'}" if len(encoded) else "the image is empty (0 bytes)"
     raise refused(f"{what}; supported are {listed(limits.formats)}")
-
-
-def _unreadable(format: str) -> InvalidInput:
-    return refused(f"the {format} file ends early, is damaged or is of a variant that cannot be read")
-
-
-def _orientation(image: pyvips.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none or it is none of these."""
-    value = image.get("orientation") if image.get_typeof("orientation") else 1
-    return value if 1 <= value <= 8 else 1

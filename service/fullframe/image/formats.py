@@ -31,7 +31,7 @@ _handler = pyvips.glib_lib.g_log_set_handler(b"VIPS", pyvips.GLogLevelFlags.LEVE
 atexit.register(pyvips.glib_lib.g_log_remove_handler, b"VIPS", _handler)
 
 # BMP is missing: libvips reads it only through ImageMagick, which guesses formats by itself.
-_LOADERS = {
+LOADERS = {
     "gif": "gifload_source",
     "jpeg": "jpegload_source",
     "png": "pngload_source",
@@ -61,7 +61,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 )
 
 SUPPORTED: frozenset[str] = frozenset(
-    name for name, loader in _LOADERS.items() if pyvips.type_find("VipsOperation", loader)
+    name for name, loader in LOADERS.items() if pyvips.type_find("VipsOperation", loader)
 )
 """The formats that this machine's libvips can read."""
 
@@ -75,23 +75,3 @@ def sniff(data: bytes) -> str:
     if b"<svg" in head:
         return "svg"
     return "text" if head and all(byte >= 32 or byte in b"\t\r\n" for byte in head) else ""
-
-
-def open_vips(data: bytes, format: str) -> pyvips.Image:
-    """Read the header of data as a file of `format`; its pixels can then be read once, top to bottom.
-
-    libvips reads data in place: the caller keeps it alive as long as the image.
-
-    Raises:
-        pyvips.Error: the header is damaged.
-    """
-    image = _open(data, format, fail_on="error")
-    if image.get_typeof("tile-width"):
-        # A TIFF's missing tiles come out black unless warnings count too (which refuses tiled TIFFs of untidy tags).
-        image = _open(data, format, fail_on="warning")
-    return image
-
-
-def _open(data: bytes, format: str, fail_on: str) -> pyvips.Image:
-    source = pyvips.Source.new_from_memory(data)
-    return pyvips.Operation.call(_LOADERS[format], source, access="sequential", fail_on=fail_on)

@@ -14,12 +14,17 @@ class Limits:
         max_pixels: height x width.
         max_bytes: of an encoded file. Raw pixels are bounded by max_pixels alone.
         max_frames: frames or pages of a file, of which the first is read.
+        max_held_pixels: that must be in memory at once, even to read a region: all of an interlaced or progressive
+            file, one tile or up to 512 rows of another.
+        max_temporary_bytes: on disk, for a picture beyond max_held_pixels that is stored turned.
         formats: names of SUPPORTED formats.
     """
 
     max_pixels: int = 32_000_000
     max_bytes: int = 64 * 2**20
     max_frames: int = 1000
+    max_held_pixels: int = 32_000_000
+    max_temporary_bytes: int = 2 * 2**30
     formats: frozenset[str] = SUPPORTED
 
     def __post_init__(self) -> None:
@@ -35,6 +40,22 @@ class Limits:
         """Raise InvalidInput if a file has too many frames or pages."""
         if count > self.max_frames:
             raise refused(f"{count} frames or pages are more than the limit of {self.max_frames}")
+
+    def check_held(self, pixels: int, what: str) -> None:
+        """Raise InvalidInput if `what` of a file, which must be held in memory at once, is too large."""
+        if pixels > self.max_held_pixels:
+            raise refused(
+                f"{what} must be held in memory at once, and {pixels / 1e6:.1f} megapixels are more than the limit of "
+                f"{self.max_held_pixels / 1e6:g}; as a tiled TIFF (256x256, say) it is read piece by piece"
+            )
+
+    def check_temporary(self, count: int) -> None:
+        """Raise InvalidInput if a picture that is stored turned takes too much disk to be turned."""
+        if count > self.max_temporary_bytes:
+            raise refused(
+                f"to turn this picture as its EXIF orientation says takes {count} bytes of disk; the limit is "
+                f"{self.max_temporary_bytes} bytes; stored upright, or as a tiled TIFF, it takes none"
+            )
 
     def check_size(self, height: int, width: int) -> None:
         """Raise InvalidInput if height x width pixels are too many, or none."""

@@ -101,8 +101,12 @@ def build_graph(net: Net, recipe: Recipe) -> onnx.ModelProto:
 def describe(
     model: onnx.ModelProto, net: Net, *, name: str, recipe: Recipe, labels: Sequence[str], training: dict[str, Any]
 ) -> Contract:
-    """Write the contract of a graph that build_graph made of `net` into it, and return it."""
+    """Write the contract of a graph that build_graph made of `net` into it, and return it.
+
+    Raises InvalidModel where the graph can't be followed, or some image size is not known to work.
+    """
     geometry = graph_geometry(model)
+    geometry.graph.check_sizes()
     pooling = net.config.global_pooling
     cost = {
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
@@ -120,6 +124,7 @@ def describe(
         logits=LOGITS_FROM_MAP if pooling == "avg" else LOGITS_FROM_FEATURES,
         normalisation={"mean": recipe.mean, "std": recipe.std},
         training=cost | training,
+        tiles=geometry.tiles(),
     )
     set_contract(model, contract)
     return contract

@@ -137,8 +137,8 @@ GATE_FLOOR = 1e-3
 class Net(nn.Module):
     """Stem, stages of blocks, global pooling, a 1x1 convolution as classifier.
 
-    Each stage begins with a stride of 2, the first one if asked. All windows are padded, so a side of n >= 1 pixels becomes
-    ceil(n / 2) >= 1 and no size is too small.
+    Each stage begins with a stride of 2, the first one if asked. All windows are padded, so a side of n >= 1 pixels
+    becomes ceil(n / 2) >= 1 and no size is too small.
 
     With several levels the same stem and stages see the image at full, half, quarter ... size, so that what they
     learnt of small objects holds for large ones. Each level's map gets a weight per cell from a gate; the feature

@@ -46,7 +46,6 @@ class NetConfig:
     classes: int
     width: int = _setting(64, "Channels of the first stage; each next has twice as many.")
     depth: tuple[int, ...] = _setting((1, 2, 2), "Blocks in each stage.")
-    first_stride: int = _setting(2, "Stride of the first stage, the others' being 2.")
     stem: int = _setting(16, "Channels at full resolution, which bound the memory that large images take.")
     activation: str = _choice("relu", ACTIVATIONS, "; leaky_relu's slope is 0.1")
     block_pooling: str = _choice("max", BLOCK_POOLINGS)
@@ -54,6 +53,7 @@ class NetConfig:
     dropout: float = _setting(0.0, "Probability, on the features, in training.")
     block: str = _choice("inception", BLOCKS)
     levels: int = _setting(1, "Sizes at which the same layers see an image: its own, half, quarter ...")
+    first_stride: int = _setting(2, "Stride of the first stage, the others' being 2.")
 
     def __post_init__(self) -> None:
         step = 16 if self.block == "inception" else 1

@@ -7,7 +7,7 @@ under `fullframe.`.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from fullframe.errors import InvalidModel
@@ -35,6 +35,32 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Whether a model's maps can be put together from tiles of an image, exactly.
+
+    Attributes:
+        alignment: tiles begin at multiples of these, (height, width) in pixels; multiples of the stride.
+        obstacles: why they can't, each naming a node of the graph; none: they can.
+    """
+
+    alignment: tuple[int, int]
+    obstacles: tuple[str, ...] = ()
+
+    @property
+    def possible(self) -> bool:
+        """Whether they can."""
+        return not self.obstacles
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Tiles":
+        """What asdict made; raises InvalidModel naming the field that is missing or wrong."""
+        alignment, obstacles = fields.get("alignment"), fields.get("obstacles")
+        if not isinstance(obstacles, list | tuple) or not all(isinstance(each, str) for each in obstacles):
+            raise InvalidModel(f"{PREFIX}tiles must have 'obstacles', a list of strings")
+        return cls(_as_pair("tiles.alignment", alignment, minimum=1), tuple(obstacles))
+
+
+@dataclass(frozen=True)
 class Contract:
     """A model's metadata; sizes are (height, width) in pixels.
 
@@ -51,6 +77,7 @@ class Contract:
         precision: FLOAT32, or INT8 of a copy whose convolutions are computed in integers.
         normalisation: what the graph does to pixels first, for people: {"mean": [...], "std": [...]}.
         training: data, recipe, accuracy by size: whatever the maker recorded.
+        tiles: whether a huge image can be computed in tiles; None: the file does not say.
     """
 
     name: str
@@ -65,6 +92,7 @@ class Contract:
     precision: str = FLOAT32
     normalisation: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    tiles: Tiles | None = None
 
     @property
     def has_class_map(self) -> bool:
@@ -87,6 +115,7 @@ class Contract:
             PREFIX + "precision": self.precision,
             PREFIX + "normalisation": json.dumps(self.normalisation),
             PREFIX + "training": json.dumps(self.training),
+            **({} if self.tiles is None else {PREFIX + "tiles": json.dumps(asdict(self.tiles))}),
         }
 
     @classmethod
@@ -122,6 +151,7 @@ class Contract:
             precision=precision,
             normalisation=_json(metadata, "normalisation", dict),
             training=_json(metadata, "training", dict),
+            tiles=Tiles.from_fields(_json(metadata, "tiles", dict)) if metadata.get(PREFIX + "tiles") else None,
         )
 
     def check_graph(self, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> None:
@@ -176,8 +206,15 @@ def _json(metadata: Mapping[str, str], key: str, kind: type) -> Any:
 
 
 def _pair(metadata: Mapping[str, str], key: str, minimum: int | None = None) -> tuple[int, int]:
-    value = _json(metadata, key, list)
-    if len(value) != 2 or not all(type(v) is int and (minimum is None or v >= minimum) for v in value):
+    return _as_pair(key, _json(metadata, key, list), minimum)
+
+
+def _as_pair(key: str, value: Any, minimum: int | None) -> tuple[int, int]:
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 2
+        or not all(type(v) is int and (minimum is None or v >= minimum) for v in value)
+    ):
         at_least = "" if minimum is None else f" of at least {minimum}"
         raise InvalidModel(f"{PREFIX}{key} must be two integers{at_least}: [height, width]")
     return value[0], value[1]

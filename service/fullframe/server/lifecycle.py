@@ -102,6 +102,7 @@ def open_models(settings: Settings) -> Plane:
         limits=limits,
         workers=settings.workers,
         max_pixels_in_flight=int(settings.max_megapixels_in_flight * 1e6),
+        tile_pixels=settings.tile_pixels,
         precision=settings.precision,
     )
 

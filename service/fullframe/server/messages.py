@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Final
 
 import numpy as np
@@ -112,6 +113,7 @@ def model_info(model: Served) -> pb.ModelInfo:
         "precision": contract.precision,
         "normalisation": contract.normalisation,
         "training": contract.training,
+        "tiles": None if contract.tiles is None else asdict(contract.tiles),
     }
     return pb.ModelInfo(
         model=model_ref(model),

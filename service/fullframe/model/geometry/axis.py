@@ -6,7 +6,7 @@ Cell c of a tensor sees pixels start + c * jump to end + c * jump, end excluded,
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Final, NamedTuple, TypeAlias
 
@@ -65,9 +65,7 @@ class Window(NamedTuple):
     def reach(self, reaches: Sequence[Reach]) -> Reach:
         """What its cells see."""
         jump, start, end = reaches[self.source]
-        return Reach(
-            jump * self.stride, start - self.before * jump, end + (self.extent - 1 - self.before) * jump
-        )
+        return Reach(jump * self.stride, start - self.before * jump, end + (self.extent - 1 - self.before) * jump)
 
     @property
     def hides_cells(self) -> bool:
@@ -148,7 +146,39 @@ class Unsized(NamedTuple):
         return reaches[self.source]
 
 
-Step: TypeAlias = Window | Repeat | Join | Unsized
+class Computed(NamedTuple):
+    """No tensor: a number that the graph computes from a size, for a shape; `op` is "Add", "Mul" or "Div"."""
+
+    source: int
+    op: str
+    operand: int
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The sizes it is computed from."""
+        return (self.source,)
+
+    def output(self, sizes: Sizes) -> int | None:
+        """The number; division rounds down."""
+        size = sizes[self.source]
+        if size is None:
+            return None
+        match self.op:
+            case "Add":
+                return size + self.operand
+            case "Mul":
+                return size * self.operand
+            case _:
+                return size // self.operand
+
+    def reach(self, reaches: Sequence[Reach]) -> Reach:
+        """Of a tensor of that size, its jump."""
+        jump, start, end = reaches[self.source]
+        factor = {"Add": Fraction(1), "Mul": Fraction(1, self.operand), "Div": Fraction(self.operand)}[self.op]
+        return Reach(jump * factor, start, end)
+
+
+Step: TypeAlias = Window | Repeat | Join | Unsized | Computed
 
 
 class Disagreement(NamedTuple):
@@ -201,26 +231,42 @@ class Axis:
             InvalidModel: there is none up to LARGEST.
         """
         # A larger image never makes a tensor smaller, so bisection finds it.
-        smallest = 1 + bisect_left(
-            range(1, LARGEST + 1), True, key=lambda n: all(size is None or size >= 1 for size in self.sizes(n))
-        )
+        smallest = 1 + bisect_left(range(1, LARGEST + 1), True, key=self._fits)
         if max(smallest, self.alignment()) > LARGEST:
             raise InvalidModel(f"the graph's smallest size or stride is more than {LARGEST} pixels")
         return smallest
 
+    def _fits(self, pixels: int) -> bool:
+        sizes = zip(self._steps, self.sizes(pixels)[1:], strict=True)
+        return all(size is None or size >= 1 or isinstance(step, Computed) for step, size in sizes)
+
+    def agree(self, one: int, other: int) -> bool:
+        """Whether two sizes are equal for every image that is large enough."""
+        period = math.lcm(self.alignment(one), self.alignment(other))
+        least = self.smallest()
+        # As in disagreements, one period stands for all.
+        sizes = (self.sizes(pixels) for pixels in range(least, least + period + 1) if period <= LARGEST)
+        pairs = [(each[one], each[other]) for each in sizes]
+        return bool(pairs) and all(a is not None and a == b for a, b in pairs)
+
     def disagreements(self, smallest: int) -> list[Disagreement]:
         """The joins of tensors that differ in size for some image from `smallest` on, each with the first such one."""
-        joins = {step: node for step, node in zip(self._steps, self._nodes, strict=True) if isinstance(step, Join)}
-        found: dict[Join, Disagreement] = {}
-        # With one period more of pixels a tensor grows by period / jump cells exactly, so one period stands for all;
-        # the one size more tells growths apart.
-        for pixels in range(smallest, smallest + self.alignment() + 1 if joins else smallest):
-            sizes = self.sizes(pixels)
-            for step, node in joins.items():
-                if step not in found and len(met := step.met(sizes)) > 1:
-                    jumps = sorted({self.reaches[source].jump for source in step.sources})
-                    found[step] = Disagreement(node, tuple(jumps), tuple(met), pixels)
-        return [found[step] for step in joins if step in found]
+        found: dict[str, Disagreement] = {}
+        if any(isinstance(step, Join) for step in self._steps):
+            # With one period more of pixels a tensor grows by period / jump cells exactly, so one period stands for
+            # all; the one size more tells growths apart.
+            for pixels in range(smallest, smallest + self.alignment() + 1):
+                for each in self.differing(pixels):
+                    found.setdefault(each.node, each)
+        return sorted(found.values(), key=lambda each: self._nodes.index(each.node))
+
+    def differing(self, pixels: int) -> Iterator[Disagreement]:
+        """The joins of tensors that differ in size for an image of so many pixels."""
+        sizes = self.sizes(pixels)
+        for step, node in zip(self._steps, self._nodes, strict=True):
+            if isinstance(step, Join) and len(met := step.met(sizes)) > 1:
+                jumps = sorted({self.reaches[source].jump for source in step.sources})
+                yield Disagreement(node, tuple(jumps), tuple(met), pixels)
 
     def alignment(self, number: int | None = None) -> int:
         """Pixels by which an image can be shifted so that all tensors shift by whole cells.

@@ -33,6 +33,13 @@ class Context:
         """The side that a step makes of another."""
         return Side(side.axis, self.axes[side.axis].add(step, node.title))
 
+    def same(self, dim: Dim, others: Sequence[Dim]) -> Dim:
+        """The side among the others that always has this size; the dimension itself if there is none."""
+        if not isinstance(dim, Side) or dim in others:
+            return dim
+        sides = (other for other in others if isinstance(other, Side) and other.axis == dim.axis)
+        return next((side for side in sides if self.axes[dim.axis].agree(dim.number, side.number)), dim)
+
     def meet(
         self, node: Node, tensors: Sequence[Tensor], *, skip: int | None = None, broadcast: bool = True
     ) -> tuple[Dims, list[Obstacle]]:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Final
 
 from fullframe.errors import InvalidModel
 from fullframe.model.contract import Tiles
-from fullframe.model.geometry.graph import GraphGeometry
+from fullframe.model.geometry.graph import GraphGeometry, Pixels
 from fullframe.model.geometry.tensors import Obstacle
 
-if TYPE_CHECKING:  # serving has no onnx package
+if TYPE_CHECKING:
     import onnx
 
 OUTPUT: Final = "feature_map"
@@ -36,8 +36,14 @@ class Geometry:
     graph: GraphGeometry = field(repr=False, compare=False)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """The feature map's size for an image's; raises InvalidInput for one at which the model does not work."""
-        return self.graph.tensor_size(OUTPUT, height, width)
+        """The feature map's size for an image's.
+
+        Raises InvalidInput for one at which the model does not work, InvalidModel where it can't be followed.
+        """
+        rows, columns = self.graph.size_of(OUTPUT, height, width)
+        if rows is None or columns is None:
+            raise InvalidModel(f"the size of {OUTPUT!r} can't be followed: {self.graph.why(OUTPUT)}")
+        return rows, columns
 
     def multiply_adds(self, height: int, width: int) -> int:
         """Of the convolutions between the image and the feature map; raises InvalidInput as output_size."""
@@ -68,9 +74,13 @@ def graph_geometry(model: "onnx.ModelProto") -> Geometry:
     if OUTPUT not in graph.outputs or found is None or len(found.shape) != 4 or found.shape[2:] != ("h", "w"):
         raise InvalidModel(f"the graph has no output {OUTPUT!r} [N, C, h, w] that can be followed: {graph.why(OUTPUT)}")
     stride, receptive_field, start = (_whole(pair) for pair in (found.jump, found.receptive_field, found.start))
-    return Geometry(
-        stride, receptive_field, start, graph.smallest_size, _obstacles(graph), graph
-    )
+    return Geometry(stride, receptive_field, start, graph.smallest_size, _obstacles(graph), graph)
+
+
+def _whole(pair: tuple[Pixels, Pixels]) -> tuple[int, int]:
+    if not (isinstance(pair[0], int) and isinstance(pair[1], int)):
+        raise InvalidModel(f"the cells of {OUTPUT!r} lie closer than the image's pixels: every {pair[0]} x {pair[1]}")
+    return pair[0], pair[1]
 
 
 def _obstacles(graph: GraphGeometry) -> tuple[Obstacle, ...]:

@@ -1,6 +1,6 @@
 """Any ONNX graph, followed from its image: what the cells of each map see, its size, and why it can't be tiled."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, prod
@@ -14,7 +14,7 @@ from fullframe.model.geometry.nodes import Node, constant
 from fullframe.model.geometry.operators import apply
 from fullframe.model.geometry.tensors import SOME, Dim, Dims, Obstacle, Side, Tensor
 
-if TYPE_CHECKING:  # serving has no onnx package
+if TYPE_CHECKING:
     import onnx
 
 Pixels: TypeAlias = int | Fraction
@@ -32,13 +32,14 @@ class TensorGeometry:
     Cell c sees the pixels from start + c * jump on, receptive_field of them.
 
     Attributes:
-        name: the tensor's.
+        name: the tensor's own.
         node: what makes it; empty for the image.
         shape: numbers, names, "h" and "w" where its height and width are; "?" is not known.
         jump: pixels between neighbouring cells.
         receptive_field: pixels that one cell sees through windows.
         start: the first pixel that cell 0 sees; negative where it sees padding.
         obstacles: why a cell may depend on more than that; none: it can be computed in tiles.
+        numbers: which tensor of the graph's axes it is; maps of the same numbers have the same cells.
     """
 
     name: str
@@ -89,22 +90,22 @@ class GraphGeometry:
     def _axes(self) -> tuple[Axis, Axis]:
         return self._context.axes
 
-    def tensor_size(self, name: str, height: int, width: int) -> tuple[int, int]:
-        """A map's height and width for an image's.
+    def size_of(self, name: str, height: int, width: int) -> tuple[int | None, int | None]:
+        """A map's height and width for an image's, None where one can't be followed.
 
         Raises:
             InvalidInput: the image is too small, or its size one at which branches differ.
-            InvalidModel: the map's size can't be followed, or there is no such map.
+            InvalidModel: there is no such map.
         """
         heights, widths = self._sizes(height, width)
         rows, columns = self._map(name).numbers
-        found = heights[rows], widths[columns]
-        if found[0] is None or found[1] is None:
-            raise InvalidModel(f"the size of {name!r} can't be followed: {self._why_lost(name)}")
-        return found[0], found[1]
+        return heights[rows], widths[columns]
 
     def multiply_adds(self, name: str, height: int, width: int) -> int:
-        """Of the convolutions between the image and a tensor; raises as tensor_size does."""
+        """Of the convolutions between the image and a tensor.
+
+        Raises as size_of does, and InvalidModel where a size can't be followed.
+        """
         path = self._ancestors(name)
         sizes = self._sizes(height, width)
         total = 0
@@ -132,10 +133,11 @@ class GraphGeometry:
 
     def _map(self, name: str) -> TensorGeometry:
         if name not in self.tensors:
-            raise InvalidModel(f"{name!r} is no map that can be followed from the image: {self._why_lost(name)}")
+            raise InvalidModel(f"{name!r} is no map that can be followed from the image: {self.why(name)}")
         return self.tensors[name]
 
-    def _why_lost(self, name: str) -> str:
+    def why(self, name: str) -> str:
+        """What stands against following a tensor as a map, in words."""
         tensor = self._known.get(name)
         if tensor is None:
             return "the graph has no tensor of that name"
@@ -143,6 +145,10 @@ class GraphGeometry:
             if obstacle is not None:
                 return str(obstacle)
         return "it has other dimensions" if tensor.fed else "it is not computed from the image"
+
+    def maker(self, name: str) -> str:
+        """The node that makes a tensor, for people."""
+        return self._made_by[name].title if name in self._made_by else "the graph"
 
     def _sizes(self, height: int, width: int) -> tuple[list[int | None], list[int | None]]:
         if height < self.smallest_size[0] or width < self.smallest_size[1]:

@@ -15,7 +15,7 @@ _CONTENTS: Final = {
     7: ("<i8", "int64_data"),
     11: ("<f8", "double_data"),
 }
-"""TensorProto's types of scales, axes and shapes: how they lie in raw_data, and the field that may hold them instead."""
+"""TensorProto's types of scales, axes and shapes: how they lie in raw_data, and the field that holds them otherwise."""
 
 _MOST: Final = 64
 """Elements of a constant that may be a shape, axes or scales."""
@@ -39,11 +39,11 @@ class Node:
         self._attributes: dict[str, Any] = {attribute.name: attribute for attribute in proto.attribute}
         self.has_graph = any(each.HasField("g") or each.graphs for each in proto.attribute)
 
-    def int(self, name: str, default: int) -> int:
+    def number(self, name: str, default: int) -> int:
         """An attribute."""
         return int(self._attributes[name].i) if name in self._attributes else default
 
-    def ints(self, name: str) -> list[int] | None:
+    def numbers(self, name: str) -> list[int] | None:
         """An attribute; None where it is absent."""
         return list(self._attributes[name].ints) if name in self._attributes else None
 

@@ -23,8 +23,7 @@ _CHANNELWISE: Final = frozenset({"BatchNormalization", "LRN"})
 _WINDOWS: Final = frozenset({"Conv", "MaxPool", "AveragePool", "LpPool"})
 _GLOBAL: Final = frozenset({"GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"})
 _REDUCING: Final = frozenset(
-    "Reduce" + what
-    for what in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
+    "Reduce" + what for what in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
 )
 _SOFTMAX: Final = frozenset({"Softmax", "LogSoftmax", "Hardmax"})
 _ALL_OVER: Final = frozenset({"InstanceNormalization", "GroupNormalization", "MeanVarianceNormalization"})
@@ -64,9 +63,11 @@ def _channelwise(context: Context, node: Node, inputs: Inputs) -> Tensor:
 
 
 def _broadcasting(context: Context, node: Node, inputs: Inputs) -> Tensor:
-    if node.int("broadcast", 0):
+    if node.number("broadcast", 0):
         raise Unfollowed("broadcasts as operators did before opset 7; onnx.version_converter mends that")
-    return arithmetic(node, inputs) or joined(context, node, [tensor for tensor in inputs if tensor is not None])
+    return arithmetic(context, node, inputs) or joined(
+        context, node, [tensor for tensor in inputs if tensor is not None]
+    )
 
 
 def _quantization(context: Context, node: Node, inputs: Inputs) -> Tensor:
@@ -80,11 +81,11 @@ def _reduction(context: Context, node: Node, inputs: Inputs) -> Tensor:
     source = first_of(inputs)
     assert source.dims is not None
     rank = len(source.dims)
-    axes = list(range(2, rank)) if node.op in _GLOBAL else node.ints("axes") or ints_of(inputs, 1, "axes")
+    axes = list(range(2, rank)) if node.op in _GLOBAL else node.numbers("axes") or ints_of(inputs, 1, "axes")
     if not axes:
-        axes = [] if node.int("noop_with_empty_axes", 0) else list(range(rank))
+        axes = [] if node.number("noop_with_empty_axes", 0) else list(range(rank))
     gone = {axis % rank for axis in axes}
-    keep = node.op in _GLOBAL or node.int("keepdims", 1)
+    keep = node.op in _GLOBAL or node.number("keepdims", 1)
     dims = tuple(1 if i in gone else dim for i, dim in enumerate(source.dims) if keep or i not in gone)
     sides = sum(varies(source.dims[axis]) for axis in gone)
     what = "takes one value from the whole image" if sides > 1 else "takes one value from whole rows or columns"
@@ -101,9 +102,9 @@ def _normalization(context: Context, node: Node, inputs: Inputs) -> Tensor:
     if node.op in _ALL_OVER:
         along = range(2, rank)
     elif node.op == "LayerNormalization" or old_softmax:
-        along = range(node.int("axis", 1 if old_softmax else -1) % rank, rank)
+        along = range(node.number("axis", 1 if old_softmax else -1) % rank, rank)
     else:
-        axis = node.int("axis", -1) % rank
+        axis = node.number("axis", -1) % rank
         along = range(axis, axis + 1)
     kind: Kind = "whole image"
     reason = "computes every cell from all of the image's" if node.op in _ALL_OVER else "works along a side of the map"
@@ -115,11 +116,11 @@ def _matrix(context: Context, node: Node, inputs: Inputs) -> Tensor:
     """MatMul and Gemm of a value [..., C] and a constant matrix [C, D]."""
     source, matrix = first_of(inputs), inputs[1]
     assert source.dims is not None
-    if matrix is None or matrix.fed or matrix.dims is None or len(matrix.dims) != 2 or node.int("transA", 0):
+    if matrix is None or matrix.fed or matrix.dims is None or len(matrix.dims) != 2 or node.number("transA", 0):
         raise Unfollowed("multiplies by what is no constant matrix")
     if not source.dims or varies(source.dims[-1]):
         raise Unfollowed("multiplies a flattened map by a matrix, which fits one image size alone")
-    return made(node.title, [source], (*source.dims[:-1], matrix.dims[0 if node.int("transB", 0) else 1]))
+    return made(node.title, [source], (*source.dims[:-1], matrix.dims[0 if node.number("transB", 0) else 1]))
 
 
 def _rules() -> dict[str, Rule]:

@@ -1,4 +1,4 @@
-"""What is known of a tensor: its dimensions, small integer contents, and what its cells may see beyond their windows."""
+"""What is known of a tensor: its dimensions, small contents, and what its cells may see beyond their windows."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -103,16 +103,15 @@ def made(
 ) -> Tensor:
     """A tensor that `node` makes of the sources; `latent` and `obstacles` are those that it adds to theirs."""
     sources = list(sources)
-    against = [obstacle for source in sources for obstacle in source.obstacles] + list(obstacles)
+    against = [obstacle for source in sources for obstacle in source.obstacles]
     latents = [each for each in (*(source.latent for source in sources), latent) if each is not None]
     tensor = Tensor(dims, data, any(source.fed for source in sources), unsized)
     if tensor.is_map:
         against += [each.entering(node) for each in latents if each.node != node]
         against += [each for each in latents if each.node == node]
         latents = []
-    return Tensor(
-        dims, data, tensor.fed, unsized, latents[0] if latents else None, tuple(dict.fromkeys(against))
-    )
+    against += obstacles
+    return Tensor(dims, data, tensor.fed, unsized, latents[0] if latents else None, tuple(dict.fromkeys(against)))
 
 
 def held(node: str, sources: Iterable[Tensor], dims: Dims, data: tuple[Dim | float, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Final, TypeAlias
 
@@ -12,6 +13,9 @@ from fullframe.model.geometry.tensors import SOME, Dim, Obstacle, Side, Tensor, 
 
 Inputs: TypeAlias = Sequence[Tensor | None]
 Rule: TypeAlias = Callable[[Context, Node, Inputs], Tensor | Sequence[Tensor]]
+
+_Cut: TypeAlias = tuple[int | None, int | None, int]
+"""What is added before and behind, below 0 what is taken away, None where that is not known; and the step."""
 
 _END: Final = 2**31 - 1
 """Slice writes this or more for "to the end"."""
@@ -49,14 +53,19 @@ def window(context: Context, node: Node, inputs: Inputs) -> Tensor:
     if len(source.dims) != 4 or any(isinstance(dim, Side) for dim in source.dims[:2]):
         raise Unfollowed("is not over [N, C, height, width]")
     weights = others[0].dims if node.op == "Conv" and others else None
-    kernel = node.ints("kernel_shape") or [dim for dim in (weights or ())[2:] if isinstance(dim, int)]
-    strides, dilations = node.ints("strides") or [1, 1], node.ints("dilations") or [1, 1]
+    kernel = node.numbers("kernel_shape") or [dim for dim in (weights or ())[2:] if isinstance(dim, int)]
+    strides, dilations = node.numbers("strides") or [1, 1], node.numbers("dilations") or [1, 1]
     if not len(kernel) == len(strides) == len(dilations) == 2 or min(kernel + strides + dilations) < 1:
         raise Unfollowed("has no two-dimensional kernel, strides and dilations")
     extents = [(k - 1) * dilation + 1 for k, dilation in zip(kernel, dilations, strict=True)]
     pads, obstacles = _pads(node, extents, strides)
-    ceil_mode = bool(node.int("ceil_mode", 0))
-    sides = []
+    if node.text("auto_pad", "").startswith("SAME"):
+        if max(dilations) > 1:
+            raise Unfollowed("has auto_pad SAME with a dilation, which ONNX Runtime does not run; write the pads out")
+        if node.op != "Conv" and any(stride > extent for stride, extent in zip(strides, extents, strict=True)):
+            context.doubt(node, "has auto_pad SAME and windows that leave gaps, which not every size allows")
+    ceil_mode = bool(node.number("ceil_mode", 0))
+    sides: list[Dim] = []
     for i, dim in enumerate(source.dims[2:]):
         before, extent, after = pads[i]
         if isinstance(dim, Side):
@@ -75,21 +84,22 @@ def window(context: Context, node: Node, inputs: Inputs) -> Tensor:
 def _pads(node: Node, extents: list[int], strides: list[int]) -> tuple[list[tuple[int, int, int]], list[Obstacle]]:
     """Per axis the padding before, the window's extent and the padding behind; and what stands against tiles.
 
-    auto_pad SAME pads max(0, extent - r) in all, r in 1..stride being what is left of the size after whole strides,
-    to ceil(size / stride) cells; where the padding before is the same for every r that is explicit padding. Else the
-    window that is returned is the hull of those for every r.
+    auto_pad SAME pads extent - r in all, r in 1..stride being what is left of the size after whole strides, so that
+    there are ceil(size / stride) cells; below 0 it may crop, as ONNX Runtime does. Where the padding before is the same
+    for every r that is explicit padding. Else the window that is returned is the hull of those for every r.
     """
     auto_pad = node.text("auto_pad", "NOTSET")
     if not auto_pad.startswith("SAME"):
-        pads = node.ints("pads") if auto_pad == "NOTSET" else None
+        pads = node.numbers("pads") if auto_pad == "NOTSET" else None
         pads = pads or [0, 0, 0, 0]
         if len(pads) != 4 or min(pads) < 0:
             raise Unfollowed(f"has pads {pads}; they must be four, none below 0")
         return [(pads[i], extents[i], pads[i + 2]) for i in (0, 1)], []
-    found, obstacles = [], []
+    found: list[tuple[int, int, int]] = []
+    obstacles: list[Obstacle] = []
     for extent, stride in zip(extents, strides, strict=True):
-        most, least = max(0, extent - 1), max(0, extent - stride)
-        begin = [total // 2 if auto_pad == "SAME_UPPER" else -(-total // 2) for total in (least, most)]
+        more = auto_pad == "SAME_LOWER"  # of an odd number before
+        begin = [int((total + more) / 2) for total in (extent - stride, extent - 1)]  # rounded towards 0
         hull = extent + begin[1] - begin[0]
         found.append((begin[1], hull, hull - 1 - begin[1]))
         if hull > extent and not obstacles:
@@ -102,59 +112,73 @@ def _pads(node: Node, extents: list[int], strides: list[int]) -> tuple[list[tupl
 
 
 def padding(context: Context, node: Node, inputs: Inputs) -> Tensor:
-    """Pad; amounts below 0 crop."""
+    """Pad; amounts below 0 crop. What is not constant repeats pixels that a cell near the border else would not see."""
     source = first_of(inputs)
     assert source.dims is not None
     rank = len(source.dims)
-    if node.text("mode", "constant") not in ("constant", "edge"):
-        raise Unfollowed("pads by mirroring or wrapping the map")
     axes = ints_of(inputs, 3, "axes") or list(range(rank))
-    pads: Sequence[Dim | float] | None = node.ints("pads") or data_of(inputs, 1)
-    pads = pads if pads is not None and len(pads) == 2 * len(axes) else [None] * 2 * len(axes)
-    amounts = {axis % rank: (pads[i], pads[i + len(axes)]) for i, axis in enumerate(axes)}
-    return _cut(context, node, source, {axis: (begin, end, 1) for axis, (begin, end) in amounts.items()})
+    pads: Sequence[Dim | float] | None = node.numbers("pads") or data_of(inputs, 1)
+    if pads is None or len(pads) != 2 * len(axes):
+        pads = (None,) * 2 * len(axes)
+    amounts = [each if isinstance(each, int) else None for each in pads]
+    cuts = zip(axes, amounts[: len(axes)], amounts[len(axes) :], strict=True)
+    padded = _cut(context, node, source, {axis % rank: (before, after, 1) for axis, before, after in cuts})
+    if (mode := node.text("mode", "constant")) == "constant" or not source.varies:
+        return padded
+    against = Obstacle(node.title, "image size", f"fills its padding with the map's own cells (mode {mode!r})")
+    if mode != "edge":  # which takes a map of any size
+        context.doubts.append(against)
+    return made(node.title, [padded], padded.dims, obstacles=[against])
 
 
 def crop(context: Context, node: Node, inputs: Inputs) -> Tensor:
     """Slice: of a map, or of a small vector's contents."""
     source = first_of(inputs)
     assert source.dims is not None
-    starts = node.ints("starts") or data_of(inputs, 1)
-    ends = node.ints("ends") or data_of(inputs, 2)
-    axes = node.ints("axes") or ints_of(inputs, 3, "axes") or list(range(len(starts or ())))
+    starts: Sequence[Dim | float] | None = node.numbers("starts") or data_of(inputs, 1)
+    ends: Sequence[Dim | float] | None = node.numbers("ends") or data_of(inputs, 2)
+    axes = node.numbers("axes") or ints_of(inputs, 3, "axes")
+    if axes is None and starts is None:
+        raise Unfollowed("takes its bounds from values that can't be followed")
+    axes = axes or list(range(len(starts or ())))
     steps = ints_of(inputs, 4, "steps") or [1] * len(axes)
-    if source.data is not None and starts and ends and len(starts) == 1:
-        start, end = starts[0], ends[0]
-        if isinstance(start, int) and isinstance(end, int):
-            data = source.data[slice(start, end, steps[0])]
-            return held(node.title, [source], (len(data),), data)
-    starts, ends = (each if each and len(each) == len(axes) else [None] * len(axes) for each in (starts, ends))
-    cuts = {}
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        if isinstance(end, int) and (end < 0 or end >= _END):
-            end = min(end, 0)  # cells kept away from the end, less than none
+    nothing = [None] * len(axes)
+    dims, cuts = list(source.dims), {}
+    for axis, start, end, step in zip(axes, starts or nothing, ends or nothing, steps, strict=True):
+        dim = dims[axis]
+        if isinstance(start, int) and isinstance(end, int) and isinstance(dim, int):
+            part = slice(start, end, step)
+            dims[axis] = len(range(dim)[part])
+            if source.data is not None:
+                return held(node.title, [source], tuple(dims), source.data[part])
         else:
-            end = None
-        before = -start if isinstance(start, int) and start >= 0 else None
-        cuts[axis % len(source.dims)] = (before, end, step)
-    return _cut(context, node, source, cuts)
+            whole = isinstance(end, Side) and context.same(end, [dim]) == dim
+            cuts[axis % len(dims)] = _cut_of(start, _END if whole else end, step)
+    return _cut(context, node, replace(source, dims=tuple(dims)), cuts)
 
 
-def _cut(
-    context: Context, node: Node, source: Tensor, cuts: dict[int, tuple[Dim | float, Dim | float, int]]
-) -> Tensor:
-    """Pad or crop: per dimension what is added before and behind, None where that is not known, and the step."""
+def _cut_of(start: Dim | float, end: Dim | float, step: int) -> _Cut:
+    """A slice as padding below 0; a negative end leaves away that many cells, one past all of them none."""
+    if isinstance(start, int) and start >= 0 and isinstance(end, int) and (end < 0 or end >= _END):
+        return -start, min(end, 0), step
+    return None, None, step
+
+
+def _cut(context: Context, node: Node, source: Tensor, cuts: dict[int, _Cut]) -> Tensor:
+    """Pad or crop some dimensions."""
     assert source.dims is not None
     dims, obstacles = list(source.dims), []
     for axis, (before, after, step) in cuts.items():
         dim = dims[axis]
         if (before, after, step) == (0, 0, 1):
             continue
+        known = before is not None and after is not None and step > 0
         if not isinstance(dim, Side):
-            known = isinstance(dim, int) and isinstance(before, int) and isinstance(after, int) and step > 0
-            dims[axis] = Window(0, 1, step, before, after).of(dim) if known else None if dim is None else SOME  # type: ignore[arg-type]
-        elif isinstance(before, int) and isinstance(after, int) and step > 0:
-            cut = Window(dim.number, 1, step, before, after)
+            dims[axis] = None if dim is None else SOME
+            if known and isinstance(dim, int):
+                dims[axis] = Window(0, 1, step, before or 0, after or 0).of(dim)
+        elif known:
+            cut = Window(dim.number, 1, step, before or 0, after or 0)
             dims[axis] = context.step(dim, cut, node)
             if cut.hides_cells:
                 reason = "crops the map's border, which is not there on a tile inside the image"
@@ -172,13 +196,14 @@ def resize(context: Context, node: Node, inputs: Inputs) -> Tensor:
     source = first_of(inputs)
     assert source.dims is not None
     old = len(inputs) == 2
-    axes = node.ints("axes") or list(range(len(source.dims)))
+    axes = node.numbers("axes") or list(range(len(source.dims)))
     scales = dict(zip(axes, data_of(inputs, 1 if old else 2) or (), strict=False))
     targets = dict(zip(axes, data_of(inputs, 3) or (), strict=False))
     dims, obstacles = list(source.dims), []
     for axis in axes:
         dim = dims[axis]
         scale, target = scales.get(axis), targets.get(axis)
+        target = context.same(target, [dim]) if isinstance(target, Side) else target
         if scale == 1 or (target is not None and target == dim):
             continue
         if not isinstance(dim, Side):
@@ -201,8 +226,10 @@ def _reason(node: Node, scale: Dim | float, target: Dim | float) -> str:
     if scale is None:
         return "scales the map to a size computed from another, so that its cells keep no fixed step"
     if isinstance(scale, float) and scale == int(scale) > 0:
-        return f"scales in mode {node.text('coordinate_transformation_mode', 'half_pixel')!r}, which depends on the " \
+        return (
+            f"scales in mode {node.text('coordinate_transformation_mode', 'half_pixel')!r}, which depends on the "
             "map's size"
+        )
     return f"scales by {scale:g}; only by whole factors do cells keep a fixed step"
 
 
@@ -231,5 +258,6 @@ def _taps(node: Node, factor: int, old: bool) -> tuple[tuple[int, int], ...]:
                     "floor": low,
                     "ceil": math.ceil(place),
                 }[nearest]
-                taps.append((rounded, rounded))
+                # Beyond the border it is the old cell itself.
+                taps.append((min(rounded, 0), max(rounded, 0)))
     return tuple(taps)

@@ -1,0 +1,129 @@
+"""A huge image, piece by piece: bands across, strips down each of them; memory for a piece, not for the image."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+
+from fullframe.engine.ort import OrtEngine, available_cores
+from fullframe.engine.query import FloatArray
+from fullframe.image import Pixels, Regions
+from fullframe.model.contract import INPUT
+
+if TYPE_CHECKING:
+    from fullframe.model.strips import Place
+
+PIECE_PIXELS: Final = 2**18
+"""Of a strip of a band. A few hundred bytes of memory each; pieces that fit in the caches are the fastest."""
+BAND_WIDTH: Final = 4096
+"""Pixels. Beside its neighbours a band sees a receptive field's width of their pixels again."""
+
+
+class Band(NamedTuple):
+    """Columns that are computed together: pixels [left, right), of whose cells `skip` are left out before the `cells`
+    that begin at the map's column `first`."""
+
+    left: int
+    right: int
+    first: int
+    skip: int
+    cells: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an image's maps: each float32 [C, rows, columns], the first cell being the map's (top, left)."""
+
+    top: int
+    left: int
+    maps: dict[str, FloatArray]
+    read_seconds: float
+
+
+class Tiler:
+    """Runs a model on images of any size in bounded memory; from one thread at a time for each image.
+
+    Within a band nothing is computed twice (model/strips.py).
+
+    Args:
+        engine: the model.
+        piece_pixels, band_width: see PIECE_PIXELS and BAND_WIDTH; what a model needs at least overrides them.
+
+    Raises:
+        InvalidModel: the model's maps can't be computed in pieces; the message names the node that stands against it.
+    """
+
+    def __init__(self, engine: OrtEngine, *, piece_pixels: int = PIECE_PIXELS, band_width: int = BAND_WIDTH) -> None:
+        self._engine, self._piece_pixels, self._band_width = engine, piece_pixels, band_width
+        from fullframe.model.strips import strip_graphs  # the onnx package takes a while, and few images need it
+
+        self._strips = strip_graphs(engine.path)
+        self._sessions: dict[Place, ort.InferenceSession] = {
+            place: engine.open_session(graph, available_cores()) for place, graph in self._strips.graphs.items()
+        }
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """The feature map's for an image's; raises InvalidInput for an image that is too small."""
+        return self._strips.geometry.output_size(height, width)
+
+    def pieces(self, regions: Regions, outputs: Sequence[str]) -> Iterator[Piece]:
+        """Compute "feature_map", "class_map" or both, each cell once, in the order that the source can be read in.
+
+        Raises InvalidInput for an image that is too small or damaged.
+        """
+        self._engine.check_size(regions.height, regions.width)
+        bands = list(self.bands(regions.width))
+        rows = self.rows(regions.height, max(band.right - band.left for band in bands))
+        strips = list(pairwise(rows))
+        carried: dict[Band, list[FloatArray]] = {}
+        done: dict[Band, int] = defaultdict(int)
+        order = product(bands, strips) if regions.random_access else ((b, s) for s in strips for b in bands)
+        for band, (top, bottom) in order:
+            started = time.monotonic()
+            pixels = regions.read(top, band.left, bottom - top, band.right - band.left)
+            read_seconds = time.monotonic() - started
+            if len(strips) == 1:
+                found: Mapping[str, FloatArray] = self._engine.run(pixels, outputs)
+            else:
+                place: Place = "first" if top == 0 else "last" if bottom == regions.height else "middle"
+                found, carried[band] = self._strip(place, pixels, carried.pop(band, []), outputs)
+            columns = slice(band.skip, band.skip + band.cells)
+            maps = {name: each[:, :, columns] for name, each in found.items()}
+            yield Piece(done[band], band.first, maps, read_seconds)
+            done[band] += next(iter(maps.values())).shape[1]
+
+    def bands(self, width: int) -> Iterator[Band]:
+        """The image's columns, each cell in one band, and every band at a pixel that keeps the map's cells in place."""
+        contract = self._engine.contract
+        (_, stride), (_, start), (_, field) = contract.stride, contract.start, contract.receptive_field
+        _, step = self._strips.geometry.graph.alignment("feature_map")
+        _, cells = self.map_size(max(contract.smallest_size[0], 1), width)
+        most = max(1, (self._band_width - field - step) // stride)
+        for first in range(0, cells, most):
+            last = min(first + most, cells) - 1
+            left = max(0, first * stride + start) // step * step
+            right = width if last == cells - 1 else min(width, last * stride + start + field)
+            yield Band(left, right, first, first - left // stride, last - first + 1)
+
+    def rows(self, height: int, width: int) -> list[int]:
+        """Where strips of pieces `width` wide begin, and the image's height; two numbers: it is not cut."""
+        step = self._strips.step
+        usual = max(1, self._piece_pixels // width // step) * step
+        first = max(usual, self._strips.least)
+        if first + step > height:
+            return [0, height]
+        return [0, *range(first, height - step + 1, usual), height]
+
+    def _strip(
+        self, place: "Place", pixels: Pixels, carried: Sequence[FloatArray], outputs: Sequence[str]
+    ) -> tuple[Mapping[str, FloatArray], list[FloatArray]]:
+        """The next rows of each output, and what the next strip needs."""
+        rests = [] if place == "last" else [f"rest.{number}" for number in range(self._strips.carries)]
+        feeds = {INPUT: pixels[np.newaxis]} | {f"carry.{number}": each for number, each in enumerate(carried)}
+        results = self._sessions[place].run([*outputs, *rests], feeds)
+        return {name: each[0] for name, each in zip(outputs, results, strict=False)}, results[len(outputs) :]
