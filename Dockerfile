@@ -9,7 +9,7 @@ COPY kernels kernels
 RUN /opt/fullframe/bin/pip install --no-cache-dir --no-compile -c constraints.txt . \
     && cd /opt/fullframe/lib/python3*/site-packages \
     && rm -rf pip pip-* setuptools setuptools-* pkg_resources _distutils_hack distutils-precedence.pth \
-        onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/capi/libonnxruntime.so.* \
+        onnx/backend/test onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/capi/libonnxruntime.so.* \
     && find . -type d -name tests -prune -exec rm -rf {} + \
     && find . -name '*.pyi' -delete \
     && rm -f /opt/fullframe/bin/pip*

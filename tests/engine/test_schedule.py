@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 
 import pytest
@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from fullframe.engine.schedule import Counters, Job, Scheduler, Turn
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
+
+Steps = Generator[None, Turn, object]
 
 
 class Gate:
@@ -189,3 +191,83 @@ def test_counts_add_up_after_a_storm(data: st.DataObject) -> None:
     assert counters.created + refused == len(fates)
     assert counters.refused == refused
     scheduler.close()
+
+
+def steps(
+    log: list[str], name: str, count: int, result: object = None
+) -> Callable[[Turn], Generator[None, Turn, object]]:
+    """Work in `count` steps that says in `log` when each has its turn, and when it is let go."""
+
+    def work(turn: Turn) -> Steps:
+        try:
+            for number in range(count):
+                log.append(f"{name}{number}")
+                if number < count - 1:
+                    yield
+            return result
+        finally:
+            log.append(f"{name} ends")
+
+    return work
+
+
+def test_a_job_in_steps_goes_behind_the_others_after_each(scheduler: Scheduler) -> None:
+    gate, _ = blocked(scheduler)
+    log: list[str] = []
+    jobs = [Job(1, steps(log, "a", 3, "A"), in_steps=True), Job(1, steps(log, "b", 2, "B"), in_steps=True)]
+    jobs.append(Job(1, lambda _: log.append("c")))
+    futures = scheduler.submit(jobs)
+    gate.go.set()
+    assert [future.result(10) for future in futures] == ["A", "B", None]
+    assert log == ["a0", "b0", "c", "a1", "b1", "b ends", "a2", "a ends"]
+
+
+def test_a_job_in_steps_can_be_cancelled_and_expires_between_them(scheduler: Scheduler) -> None:
+    log: list[str] = []
+    inside, go = threading.Event(), threading.Event()
+
+    def endless(turn: Turn) -> Generator[None, Turn, None]:
+        try:
+            while True:
+                inside.set()
+                assert go.wait(10)
+                yield
+        finally:
+            log.append("let go")
+
+    [future] = scheduler.submit([Job(1, endless, in_steps=True)])
+    assert inside.wait(10)
+    assert future.cancel()
+    go.set()
+    with pytest.raises(CancelledError):
+        future.result(10)
+    [late] = scheduler.submit([Job(1, endless, in_steps=True)], deadline=time.monotonic() + 0.1)
+    with pytest.raises(DeadlinePassed, match="while the image was worked on"):
+        late.result(10)
+    gate, _ = blocked(scheduler)
+    gate.go.set()
+    scheduler.drain(10)
+    assert log == ["let go", "let go"]
+    assert (scheduler.counters().cancelled, scheduler.counters().expired) == (1, 1)
+
+
+def test_closing_ends_a_job_in_steps_at_its_next_pause() -> None:
+    log: list[str] = []
+    scheduler = Scheduler(workers=1, max_pixels=10)
+    [future] = scheduler.submit([Job(1, steps(log, "a", 10**9), in_steps=True)])
+    while not log:
+        time.sleep(0.001)
+    scheduler.close()
+    assert future.cancelled() and log[-1] == "a ends"
+    assert_all_accounted(scheduler.counters())
+
+
+def test_a_failing_step_fails_its_job_alone(scheduler: Scheduler) -> None:
+    def fails(turn: Turn) -> Generator[None, Turn, None]:
+        yield
+        raise ValueError("in the second step")
+
+    bad, good = scheduler.submit([Job(1, fails, in_steps=True), Job(1, lambda _: "well")])
+    with pytest.raises(ValueError, match="second step"):
+        bad.result(10)
+    assert good.result(10) == "well"

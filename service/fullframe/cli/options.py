@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fullframe.errors import FullframeError
     from fullframe.model.contract import Contract
 
+_ANY_BYTES: Final = 2**60
 _RETRIES: Final = 4
 """Some four seconds: somebody is waiting, and the address may be wrong."""
 
@@ -69,6 +70,6 @@ def asked(
 
     if not 0 < megapixels < float("inf"):
         raise typer.BadParameter(f"{megapixels} must be above 0", param_hint="--max-megapixels")
-    limits = Limits(max_pixels=int(megapixels * 1e6))
+    limits = Limits(max_pixels=int(megapixels * 1e6), max_bytes=_ANY_BYTES)  # files are read in place
     with load(model or None, engine, precision=precision, limits=limits) as predictor:
         yield Asked(predictor.stream, predictor.contract)

@@ -230,18 +230,23 @@ class Scheduler:
             where = "queued" if entry.steps is None else "worked on"
             return _told(future, "expired", DeadlinePassed(f"the deadline passed while the image was {where}"))
         try:
-            if not entry.job.in_steps:
-                return "finished", partial(future.set_result, entry.job.work(turn))
+            if entry.job.in_steps:
+                return self._step(entry, turn)
+            return "finished", partial(future.set_result, entry.job.work(turn))
+        except BaseException as error:  # whatever it is, it is the caller's: the worker goes on
+            return _told(future, "failed", error)
+
+    def _step(self, entry: _Entry, turn: Turn) -> tuple[str, Callable[[], object]]:
+        """As `_run`, of a job in steps; raises what the job raises."""
+        try:
             if entry.steps is None:
                 entry.steps = entry.job.work(turn)
                 next(entry.steps)
             else:
                 entry.steps.send(turn)
-            return "paused", lambda: None
         except StopIteration as end:
-            return _told(future, "finished", result=end.value)
-        except BaseException as error:  # whatever it is, it is the caller's: the worker goes on
-            return _told(future, "failed", error)
+            return _told(entry.future, "finished", result=end.value)
+        return "paused", lambda: None
 
     def _end(self, entry: _Entry, outcome: str) -> None:
         setattr(self._counters, outcome, getattr(self._counters, outcome) + 1)
