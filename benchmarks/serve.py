@@ -6,9 +6,9 @@ Both sides get the same JPEG bytes, use the same decoder and model, and share th
 
 - Many callers: the bare loop runs `concurrency` of them, at most one on each core, over one session with one thread
   each. Rounds of both sides alternate, each going first in turn; the ratio is the median of the rounds' ratios.
-- A lone caller: each photograph goes to both sides, one right after the other, each going first in turn. What the
-  server adds is the median of the differences. The bare loop uses all cores or one thread, whichever had the lower
-  median over the photographs before.
+- A lone caller, who waits for each answer: each photograph goes to both sides, one right after the other, each going
+  first in turn. What the server adds is the median of the differences. The bare loop uses all cores or one thread,
+  whichever had the lower median over the photographs before.
 
 Writes benchmarks/results/serve.csv; --photos defaults to the photographs in the `demo` extra.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import grpc
 import grpc.aio
 import numpy as np
 import onnxruntime as ort
@@ -120,13 +121,16 @@ def bare_loop(run: ort.InferenceSession, photos: list[bytes], callers: int, seco
     return Measured(latencies, time.perf_counter() - started)
 
 
-async def asked(classify: Any, request: pb.ClassifyRequest) -> float:
-    """Seconds that one request takes."""
+def asked(classify: Any, photo: bytes) -> float:
+    """Seconds that one call takes which waits for its answer."""
+    request = pb.ClassifyRequest(images=[pb.Image(encoded=photo)])
     started = time.perf_counter()
-    response = await classify(request)
-    elapsed = time.perf_counter() - started
+    check(classify(request))
+    return time.perf_counter() - started
+
+
+def check(response: pb.ClassifyResponse) -> None:
     assert response.results[0].info.status.code == 0, response
-    return elapsed
 
 
 def served(target: str, photos: list[bytes], callers: int, seconds: float) -> Measured:
@@ -144,7 +148,9 @@ async def _served(target: str, photos: list[bytes], callers: int, seconds: float
 
         async def call() -> None:
             while time.perf_counter() < start + seconds:
-                latencies.append(await asked(classify, next(work)))
+                asked_at = time.perf_counter()
+                check(await classify(next(work)))
+                latencies.append(time.perf_counter() - asked_at)
 
         await asyncio.gather(*(call() for _ in range(callers)))
         return Measured(latencies, time.perf_counter() - start)
@@ -174,26 +180,20 @@ def in_rounds(
 
 def in_pairs(target: str, runs: list[ort.InferenceSession], photos: list[bytes], pairs: int) -> dict[str, str]:
     """A lone caller's photographs, each to both sides."""
-    return asyncio.run(_in_pairs(target, runs, photos, pairs))
-
-
-async def _in_pairs(target: str, runs: list[ort.InferenceSession], photos: list[bytes], pairs: int) -> dict[str, str]:
     ours, theirs = list[float](), list[float]()
-    async with grpc.aio.insecure_channel(target) as channel:
+    # The first trial of each is to warm up.
+    trials = [[bare(run, photo) for photo in photos] for run in runs for _ in range(2)]
+    fastest = min(zip(trials[1::2], runs, strict=True), key=lambda trial: median(trial[0]))[1]
+    with grpc.insecure_channel(target) as channel:
         classify = VisionServiceStub(channel).Classify
-        trials = [
-            [bare(run, photo) for photo in photos] for run in runs for _ in range(2)
-        ]  # the first of each: warm-up
-        fastest = min(zip(trials[1::2], runs, strict=True), key=lambda trial: median(trial[0]))[1]
         for photo in photos:
-            await asked(classify, pb.ClassifyRequest(images=[pb.Image(encoded=photo)]))
+            asked(classify, photo)
         for number, photo in enumerate(itertools.islice(itertools.cycle(photos), pairs)):
-            request = pb.ClassifyRequest(images=[pb.Image(encoded=photo)])
             if number % 2:
-                ours.append(await asked(classify, request))
+                ours.append(asked(classify, photo))
             theirs.append(bare(fastest, photo))
             if not number % 2:
-                ours.append(await asked(classify, request))
+                ours.append(asked(classify, photo))
     server, loop = Measured(ours, sum(ours)), Measured(theirs, sum(theirs))
     added = median([one - other for one, other in zip(ours, theirs, strict=True)]) * 1e3
     return {

@@ -7,7 +7,7 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from fusedpool.kinds import KINDS, Kind
+from fusedpool.kinds import KINDS
 from fusedpool.prologue import ACTIVATIONS
 
 IntPair: TypeAlias = int | Sequence[int]
@@ -108,11 +108,15 @@ def pair(value: IntPair, name: str, least: int) -> tuple[int, int]:
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) == 1:
         values *= 2
-    if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) for v in values):
+    if len(values) != 2 or not all(_is_int(v) for v in values):
         raise ValueError(f"{name} is {value!r}; it must be an int or two of them, (vertical, horizontal)")
     if min(values) < least:
         raise ValueError(f"{name} is {value!r}; it must be at least {least}")
     return values
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def check_map(x: Tensor, name: str = "x") -> None:
@@ -130,13 +134,18 @@ def check_dtype(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} is {x.dtype}; it must be float32, bfloat16, float16 or float64")
 
 
-def check_kind(kind: str, allowed: Sequence[str] = tuple(KINDS), where: str = "") -> Kind:
-    """The kind of that name; raises ValueError if there is none, NotImplementedError if `where` lacks it."""
+def check_kind(kind: str, allowed: Sequence[str] = tuple(KINDS), where: str = "") -> None:
+    """Raise ValueError if there is no kind of that name, NotImplementedError if `where` lacks it."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     if kind not in allowed:
         raise NotImplementedError(f"{where} has no kind {kind!r}; it has {', '.join(allowed)}")
-    return KINDS[kind]
+
+
+def kind_in(kind: str, training: bool) -> str:
+    """The kind in training or evaluation, where stochastic is its expectation; raises ValueError if there is none."""
+    check_kind(kind)
+    return "stochastic_mean" if kind == "stochastic" and not training else kind
 
 
 def check_prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str | None, channel: int) -> str:
@@ -273,19 +282,18 @@ def _ratios(value: Any) -> tuple[float, float]:
 
 
 def adaptive_size(x: Tensor, output_size: int | Sequence[int | None]) -> tuple[int, int]:
-    """(OH, OW), where None is x's own; raises ValueError for sizes below 1."""
-    values = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(values) != 2:
-        raise ValueError(f"output_size is {output_size!r}; it must be an int or two, (OH, OW), each may be None")
+    """(OH, OW), where None is x's own; raises ValueError for other things and for sizes below 1."""
+    values = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
+    if len(values) != 2 or not all(value is None or (_is_int(value) and value >= 1) for value in values):
+        raise ValueError(f"output_size is {output_size!r}; it must be an int or two, (OH, OW), each at least 1 or None")
     rows, columns = (own if size is None else size for own, size in zip(x.shape[2:], values, strict=True))
-    pair((rows, columns), "output_size", 1) if isinstance(rows, int) and isinstance(columns, int) else None
     return rows, columns
 
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """The levels of a pyramid; raises ValueError unless they are at least one, each at least 1."""
     sides = tuple(levels) if isinstance(levels, Sequence) else ()
-    if not sides or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
+    if not sides or not all(_is_int(side) and side >= 1 for side in sides):
         raise ValueError(f"levels is {levels!r}; it must be a sequence of ints, each at least 1")
     return sides
 
@@ -304,7 +312,7 @@ def check_bounds(bounds: Tensor, name: str, shape: tuple[int | None, ...], x: Te
 
 def check_groups(x: Tensor, groups: int) -> None:
     """Raise ValueError unless groups divides the channels of x."""
-    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or x.shape[1] % groups:
+    if not _is_int(groups) or groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups is {groups!r}; it must be a divisor of x's {x.shape[1]} channels")
 
 

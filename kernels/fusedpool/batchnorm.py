@@ -10,7 +10,7 @@ from fusedpool import arguments, batchnorm_launch, cells, operators, reference, 
 from fusedpool.arguments import IntPair, Window
 from fusedpool.batchnorm_launch import Statistics
 from fusedpool.kinds import KINDS
-from fusedpool.window import pool2d, stochastic, wants_gradient
+from fusedpool.window import pool2d
 
 _DIMS = (0, 2, 3)
 
@@ -56,8 +56,7 @@ def batch_norm_act_pool2d(
         ValueError: training with a single value per channel, or evaluation without running statistics.
     """
     arguments.check_map(x)
-    kind = stochastic(kind, training)
-    arguments.check_kind(kind)
+    kind = arguments.kind_in(kind, training)
     name = arguments.check_prologue(x, None, None, activation, 1)
     arguments.check_channels(x, 1, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     arguments.check_normalisation(x, running_mean, running_var, training, momentum, eps)
@@ -72,7 +71,7 @@ def batch_norm_act_pool2d(
     number, param = arguments.parameter(kind, p, x)
     arguments.check_indices(kind, return_indices)
     seed = arguments.seed_for(x, generator) if kind == "stochastic" else None
-    save = wants_gradient(x, weight, bias, param)
+    save = operators.wants_gradient(x, weight, bias, param)
     y, _, _, index, statistics = _norm_window(
         x, weight, bias, param, seed, window.to_ints(), kind, number, name, eps, save, return_indices
     )
@@ -130,7 +129,7 @@ def _reference_backward(
     """Gradients by x, weight, bias and param, in plain PyTorch; differentiable by them and g."""
     places = reference.window_cells(Window.from_ints(window), x.shape[2], x.shape[3], x.device)
     xhat, _, _, factor = _normalise(x, eps)
-    taps = operators.taps(winner, kind)
+    taps = operators.winning_taps(winner, kind)
     results = reference.backward(g, xhat, weight, bias, param, taps, places, kind, p, activation)
     dxhat, dweight, dbias, dparam = results
     along = (dxhat * xhat).mean(_DIMS, keepdim=True)
@@ -152,14 +151,16 @@ def _norm_window(
     save: bool,
     indices: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    w = Window.from_ints(window)
-    size = w.output_size(x.shape[2], x.shape[3])
     if x.shape[0] == 0:
-        return *operators.empty_outputs(x, size, w.taps, kind, save, indices), _empty_statistics(x).zero_()
+        empty = _empty(x, window, kind, save, indices)
+        empty[-1].zero_()
+        return empty
+    w = Window.from_ints(window)
     kernels = runtime.use_triton(x)
     statistics = (batchnorm_launch.statistics if kernels else _reference_statistics)(x, weight, bias, eps)
     inputs = (x, *Statistics(*statistics.unbind())[-2:], param, seed)
     if kernels:
+        size = w.output_size(x.shape[2], x.shape[3])
         outputs = cells.launch_forward(*inputs, (), w, size, kind, p, activation, save, indices)
     else:
         places = reference.window_cells(w, x.shape[2], x.shape[3], x.device)
@@ -167,15 +168,19 @@ def _norm_window(
     return *outputs, statistics
 
 
-def _empty_statistics(x: Tensor) -> Tensor:
-    return x.new_empty((len(Statistics._fields), x.shape[1]), dtype=runtime.accumulator(x))
+def _empty(
+    x: Tensor, window: Sequence[int], kind: str, save: bool, indices: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised outputs, and statistics."""
+    w = Window.from_ints(window)
+    shape = (x.shape[1], *w.output_size(x.shape[2], x.shape[3]))
+    statistics = x.new_empty((len(Statistics._fields), x.shape[1]), dtype=runtime.accumulator(x))
+    return *operators.empty_outputs(x, shape, w.taps, kind, save, indices), statistics
 
 
 @_norm_window.register_fake
 def _(x, weight, bias, param, seed, window, kind, p, activation, eps, save, indices):
-    w = Window.from_ints(window)
-    size = w.output_size(x.shape[2], x.shape[3])
-    return *operators.empty_outputs(x, size, w.taps, kind, save, indices), _empty_statistics(x)
+    return _empty(x, window, kind, save, indices)
 
 
 @torch.library.custom_op("fusedpool::norm_window_backward", mutates_args=())
@@ -199,20 +204,18 @@ def _norm_window_backward(
     if runtime.use_triton(g) and x.shape[0]:
         known = Statistics(*statistics.unbind())
         return batchnorm_launch.launch_backward(*tensors, y, aux, known, Window.from_ints(window), kind, p, activation)
-    outputs = operators.empty_gradients(g, weight, bias, param, x.shape[2:], runtime.channels_last(x))
+    outputs = operators.empty_gradients(g, weight, bias, param, x.shape, runtime.channels_last(x))
     if x.shape[0] == 0:
         return tuple(output.zero_() for output in outputs)  # type: ignore[return-value]
     acc = runtime.accumulator(g)
     results = _reference_backward(g.to(acc), x.to(acc), *tensors[2:], window, kind, p, activation, eps)
-    for output, result in zip(outputs, results, strict=True):
-        if result is not None:
-            output.copy_(result)
+    operators.fill(outputs, results)
     return outputs
 
 
 @_norm_window_backward.register_fake
 def _(g, x, weight, bias, param, winner, y, aux, statistics, window, kind, p, activation, eps):
-    return operators.empty_gradients(g, weight, bias, param, x.shape[2:], runtime.channels_last(x))
+    return operators.empty_gradients(g, weight, bias, param, x.shape, runtime.channels_last(x))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

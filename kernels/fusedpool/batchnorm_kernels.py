@@ -12,6 +12,7 @@ from typing import Final
 
 from fusedpool._triton import tl, triton
 from fusedpool.kinds import combine, identity
+from fusedpool.layout import dense_offset, extent, strided_offset
 from fusedpool.prologue import activate_derivative, load_affine
 
 # A new image size must not compile anything.
@@ -52,16 +53,6 @@ def _rows(block, H, W, CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, WIDE: tl
 
 
 @triton.jit
-def _offset(n, c, h, w, s_n, s_c, s_h, s_w, s_inner, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
-    """Where a map's element lies, from runtime.Strides."""
-    if CHANNELS_LAST:
-        offset = (n * s_n + h * s_h + w * s_w) * ALIGN + c * s_inner
-    else:
-        offset = (n * s_n + c * s_c + h * s_h) * ALIGN + w * s_inner
-    return offset
-
-
-@triton.jit
 def _leave(
     partials, which, total, line, c, C, WIDTH, GROUPS, CHANNELS_LAST: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
@@ -93,15 +84,16 @@ def moments(
     Of differences from the channel's first value: a mean far from 0 takes no digits from the deviations. W is in units
     of W_ALIGN, so that a mask of columns keeps wide loads wide.
     """
-    W *= W_ALIGN
+    W = extent(W, W_ALIGN, WIDE)
     group, c, w, exists, line = _columns(C, W, CHANNELS_LAST, WIDE, BC)
-    pivot = tl.load(x + _offset(0, c, 0, 0, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN), c < C, 0.0).to(ACC)
+    first_value = strided_offset(0, c, 0, 0, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN)
+    pivot = tl.load(x + first_value, c < C, 0.0).to(ACC)
     mean, squares, count = tl.zeros((BR, BC), ACC), tl.zeros((BR, BC), ACC), tl.zeros((BR, 1), ACC)
     for first in range(group * UNROLL, tl.cdiv(ROWS, BR), GROUPS * UNROLL):
         for step in tl.static_range(UNROLL):
             row, n, h, pixel = _rows(first + step, H, W, CHANNELS_LAST, FLAT, WIDE, BR)
             inside = (row < ROWS) & exists
-            place = _offset(n, c, h, pixel + w, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN)
+            place = strided_offset(n, c, h, pixel + w, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN)
             value = tl.load(x + place, inside, 0.0).to(ACC)
             # An element that is inside was inside in every block before.
             count += tl.where(row < ROWS, 1.0, 0.0)
@@ -161,7 +153,7 @@ def winner_sums(
 
     Only winners have a gradient: x is read at those. OW is in units of W_ALIGN.
     """
-    OW *= W_ALIGN
+    OW = extent(OW, W_ALIGN, WIDE)
     group, c, w, exists, line = _columns(C, OW, CHANNELS_LAST, WIDE, BC)
     s, t = load_affine(scale, shift, c, c < C, True, True, ACC)
     middle = tl.load(mean + c, c < C, 0.0)
@@ -171,13 +163,12 @@ def winner_sums(
             row, n, oh, pixel = _rows(first + step, OH, OW, CHANNELS_LAST, False, WIDE, BR)
             ow = pixel + w
             inside = (row < ROWS) & exists
-            saved = ((n * OH + oh) * OW + ow) * C + c if CHANNELS_LAST else ((n * C + c) * OH + oh) * OW + ow
-            kept = tl.load(winner + saved, inside, SENTINEL).to(tl.int32)
+            kept = tl.load(winner + dense_offset(n, c, oh, ow, C, OH, OW, CHANNELS_LAST), inside, SENTINEL).to(tl.int32)
             won = inside & (kept != SENTINEL)
-            incoming = _offset(n, c, oh, ow, g_n, g_c, g_h, g_w, g_inner, CHANNELS_LAST, G_ALIGN)
+            incoming = strided_offset(n, c, oh, ow, g_n, g_c, g_h, g_w, g_inner, CHANNELS_LAST, G_ALIGN)
             gy = tl.load(g + incoming, inside, 0.0).to(ACC)
             h, v = oh * SH - PH + kept // KW * DH, ow * SW - PW + kept % KW * DW
-            place = _offset(n, c, h, v, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN)
+            place = strided_offset(n, c, h, v, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN)
             value = tl.load(x + place, won, 0.0).to(ACC)
             du = tl.where(won, gy * activate_derivative(value * s + t, ACTIVATION), 0.0)
             by_scale += du * (value - middle)

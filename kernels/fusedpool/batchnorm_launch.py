@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self
 
-import torch
 from torch import Tensor
 
 from fusedpool import batchnorm_kernels, cells, operators, runtime
 from fusedpool.arguments import Window
 from fusedpool.kinds import KINDS
 from fusedpool.operators import Outputs
+from fusedpool.runtime import pointer, present
 
 _UNROLL: Final = 4  # loads of 16 bytes that each thread has under way
 _PROGRAMS: Final = 1024  # about so many, where there is enough to do
@@ -59,32 +59,15 @@ class _Sweep:
         """That programs go through, those past an edge included."""
         return runtime.cdiv(self.rows, self.tile.block_rows) * self.tile.block_rows * self.programs
 
-    @property
-    def align(self) -> int:
-        """In units of which lines are counted, for NCHW."""
-        return 1 if self.tile.last else runtime.alignment((self.tile.columns,))
-
     def launch(self, kernel: Any, *args: Any, **constants: Any) -> None:
         """Run the programs of all groups."""
-        tile = self.tile
-        with torch.cuda.device_of(args[0]):
-            kernel[(self.groups * self.programs,)](
-                *args,
-                **constants,
-                CHANNELS_LAST=tile.last,
-                BR=tile.block_rows,
-                BC=tile.block_columns,
-                W_ALIGN=self.align,
-                UNROLL=_UNROLL,
-                num_warps=runtime.warps(),
-            )
+        constants |= {**self.tile.constants, "W_ALIGN": self.tile.align, "UNROLL": _UNROLL}
+        runtime.launch(kernel, self.groups * self.programs, *args, **constants)
 
 
 def _merge(kernel: Any, channels: int, *args: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(args[0]):
-        kernel[(runtime.cdiv(channels, _CHANNELS),)](
-            *args, **constants, C=channels, BL=_LINES, BC=_CHANNELS, num_warps=runtime.warps()
-        )
+    programs = runtime.cdiv(channels, _CHANNELS)
+    runtime.launch(kernel, programs, *args, **constants, C=channels, BL=_LINES, BC=_CHANNELS)
 
 
 def _flatten(x: Tensor, last: bool) -> tuple[Tensor, bool]:
@@ -109,7 +92,7 @@ def statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     partials = x.new_empty((3, sweep.lines, channels), dtype=acc)
     sweep.launch(
         batchnorm_kernels.moments,
-        *(x, partials, sweep.rows, sweep.groups, channels, x.shape[2], x.shape[3] // sweep.align),
+        *(x, partials, sweep.rows, sweep.groups, channels, x.shape[2], x.shape[3] // sweep.tile.align),
         *(*strides.outer, strides.inner),
         FLAT=flat,
         WIDE=runtime.wide(x),
@@ -121,11 +104,9 @@ def statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     _merge(
         batchnorm_kernels.merge_moments,
         channels,
-        *(partials, x, x if weight is None else weight, x if bias is None else bias, result),
-        *(x.stride(1), sweep.lines, count),
+        *(partials, x, pointer(weight, x), pointer(bias, x), result, x.stride(1), sweep.lines, count),
         EPS=eps,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
+        **present(weight=weight, bias=bias),
         ACC=runtime.triton_type(acc),
     )
     return result
@@ -138,12 +119,13 @@ def _winner_sums(
     acc, last = runtime.accumulator(g), runtime.channels_last(x)
     winner = runtime.dense(winner, last)
     sweep = _Sweep.over(g, g.shape[2], g.shape[3], last)
-    strides, g_strides = runtime.Strides.of(x, last), runtime.Strides.of(g, last)
+    strides, g_strides = runtime.Strides.of(x, last, vectors=False), runtime.Strides.of(g, last)
     partials = g.new_empty((2, sweep.lines, g.shape[1]), dtype=acc)
     sweep.launch(
         batchnorm_kernels.winner_sums,
         *(g, x, winner, known.mean, known.scale, known.shift, partials, sweep.rows, sweep.groups),
-        *(*g.shape[1:3], g.shape[3] // sweep.align, *strides.outer, strides.inner, *g_strides.outer, g_strides.inner),
+        *(*g.shape[1:3], g.shape[3] // sweep.tile.align),
+        *(*strides.outer, strides.inner, *g_strides.outer, g_strides.inner),
         ACTIVATION=activation,
         SENTINEL=operators.sentinel(winner),
         KW=window.kernel_w,
@@ -177,13 +159,13 @@ def launch_backward(
     activation: str,
 ) -> Outputs:
     """Gradients by x [N, C, H, W], N not 0, laid out like it, and by weight, bias and param, in two passes."""
-    last, size = runtime.channels_last(x), x.shape[2:]
+    last = runtime.channels_last(x)
     if operators.masked(kind, activation):
         activation = "none"  # its mask is in the winner
 
     def gather(norm: cells.Norm) -> Outputs:
         saved = (g, x, y, winner, aux, known.scale, known.shift, param)
-        return cells.launch_backward(*saved, (), window, window.overlap, size, last, kind, p, activation, norm)
+        return cells.launch_backward(*saved, (), window, window.overlap, x.shape, last, kind, p, activation, norm)
 
     if KINDS[kind].winner and not KINDS[kind].aux:
         by_scale, by_shift = _winner_sums(g, x, winner, known, window, activation)
@@ -196,8 +178,7 @@ def launch_backward(
         x.shape[1],
         *(by_scale, by_shift, known.factor, known.scale, dweight, dbias, correction),
         *(by_scale.numel() // x.shape[1], x.numel() // x.shape[1]),
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
+        **present(weight=weight, bias=bias),
         ACC=runtime.triton_type(known.mean.dtype),
     )
     dx, _, _, dparam = gather(cells.Norm(known.mean, *correction))

@@ -10,18 +10,19 @@ more for a winner; backward s + r s + r, and s more where the gradient depends o
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fusedpool import operators, runtime
 from fusedpool._triton import tl, triton
 from fusedpool.arguments import Window
 from fusedpool.kinds import KINDS, combine, exponential, finish, finish_aux, gradient, identity, lift
+from fusedpool.layout import dense_offset, extent, strided_offset
 from fusedpool.operators import Outputs
 from fusedpool.prologue import activate, activate_derivative, load_affine
 from fusedpool.runtime import pointer, present
 
-# A new image size must not compile anything: only channels, types and the window are compiled in.
+# A new image size must not compile anything: only channels, types and windows are compiled in, and what W and OW are
+# multiples of.
 _SIZES: Final = ["ROWS", "H", "W", "OH", "OW", "x_n", "x_c", "x_h", "x_w", "g_n", "g_c", "g_h", "g_w"]
 
 
@@ -83,14 +84,16 @@ def _forward(
     SAVE_INDEX: tl.constexpr, SENTINEL: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, UNROLL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, W_ALIGN: tl.constexpr,
+    OW_ALIGN: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """x [N, C, H, W] of any strides (those of rows given / ALIGN) -> y, winner, aux, index, dense [N, C, OH, OW].
 
     y = finish(combine of lift(activation(scale x + shift)) over the window); see kinds.py. winner is the window's tap
     i * KW + j in row-major order; index is that tap's place in the map, as in torch.nn.functional.max_pool2d.
+    W and OW are given / W_ALIGN and OW_ALIGN.
     """
+    W, OW = extent(W, W_ALIGN, WIDE), extent(OW, OW_ALIGN, WIDE)
     n, c, oh, ow, out, inside = _tile(ROWS, C, OH, OW, CHANNELS_LAST, WIDE, BR, BC)
     top = _start(oh, top_table, oh < OH, TABLE, SH, PH)
     left = _start(ow, left_table, ow < OW, TABLE, SW, PW)
@@ -100,7 +103,7 @@ def _forward(
     p = tl.cast(p, ACC)
     like = tl.zeros((BR, BC), ACC)
     a, b, k, i = identity(like, KIND)
-    counter = ((n.to(tl.int64) * C + c) * OH + oh) * OW + ow
+    counter = dense_offset(n.to(tl.int64), c, oh, ow, C, OH, OW, False)
     base = (n * x_n if CHANNELS_LAST else n * x_n + c * x_c) * ALIGN
     if UNROLL:
         for tap in tl.static_range(KH * KW):
@@ -157,15 +160,16 @@ def _backward(
     HAS_AUX: tl.constexpr, AFFINE_GRADIENT: tl.constexpr, NORM: tl.constexpr, SENTINEL: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, ACC: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
+    W_ALIGN: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
 ):  # fmt: skip
     """g [N, C, OH, OW] of any strides, saved tensors dense -> dx dense [N, C, H, W], a gather: no atomics.
 
     Each input element sums gradient() over the at most TH * TW windows that it lies in. With AFFINE_GRADIENT, each tile
     leaves its sums of the gradients by scale and by shift in partials: [2, row blocks, C] for channels_last, else
-    [2, ROWS, column blocks]. NORM: see Norm.
+    [2, ROWS, column blocks]. NORM: see Norm. W is given / W_ALIGN.
     """
+    W = extent(W, W_ALIGN, WIDE)
     n, c, h, w, place, inside = _tile(ROWS, C, H, W, CHANNELS_LAST, WIDE, BR, BC)
     s, t = load_affine(scale, shift, c, c < C, HAS_SCALE, HAS_SHIFT, ACC)
     if HAS_PARAM:
@@ -173,10 +177,8 @@ def _backward(
     p = tl.cast(p, ACC)
     raw = tl.zeros((BR, BC), ACC)
     if HAS_X:
-        if CHANNELS_LAST:
-            raw = tl.load(x + (n * x_n + h * x_h + w * x_w) * ALIGN + c * x_inner, inside, 0.0).to(ACC)
-        else:
-            raw = tl.load(x + (n * x_n + c * x_c + h * x_h) * ALIGN + w * x_inner, inside, 0.0).to(ACC)
+        here = strided_offset(n, c, h, w, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN)
+        raw = tl.load(x + here, inside, 0.0).to(ACC)
     u = raw * s + t
     v = activate(u, ACTIVATION)
     if NORM != "":
@@ -194,12 +196,8 @@ def _backward(
         i, j = (h - top) // DH, (w - left) // DW
         rows = (h >= top) & (i < KH) & (i * DH == h - top) & (oh < OH)
         covered = inside & rows & (w >= left) & (j < KW) & (j * DW == w - left) & (ow < OW)
-        if CHANNELS_LAST:
-            saved = ((n * OH + oh) * OW + ow) * C + c
-            incoming = (n * g_n + oh * g_h + ow * g_w) * G_ALIGN + c * g_inner
-        else:
-            saved = ((n * C + c) * OH + oh) * OW + ow
-            incoming = (n * g_n + c * g_c + oh * g_h) * G_ALIGN + ow * g_inner
+        saved = dense_offset(n, c, oh, ow, C, OH, OW, CHANNELS_LAST)
+        incoming = strided_offset(n, c, oh, ow, g_n, g_c, g_h, g_w, g_inner, CHANNELS_LAST, G_ALIGN)
         gy = tl.load(g + incoming, covered, 0.0).to(ACC)
         won = covered
         if HAS_WINNER:
@@ -261,10 +259,9 @@ class Norm(NamedTuple):
 def _constants(window: Window) -> dict[str, int]:
     w = window
     return {
-        **{"KH": w.kernel_h, "KW": w.kernel_w, "SH": w.stride_h, "SW": w.stride_w, "PH": w.padding_h},
-        **{"PW": w.padding_w, "DH": w.dilation_h, "DW": w.dilation_w},
-        **{"INCLUDE_PAD": w.count_include_pad, "DIVISOR": w.divisor},
-    }
+        "KH": w.kernel_h, "KW": w.kernel_w, "SH": w.stride_h, "SW": w.stride_w, "PH": w.padding_h, "PW": w.padding_w,
+        "DH": w.dilation_h, "DW": w.dilation_w, "INCLUDE_PAD": w.count_include_pad, "DIVISOR": w.divisor,
+    }  # fmt: skip
 
 
 def launch_forward(
@@ -287,31 +284,28 @@ def launch_forward(
     Args:
         tables: int32 [OH] and [OW], where each window starts, instead of the window's strides and padding; or none.
     """
-    y, winner, aux, index = outputs = operators.empty_outputs(x, size, window.taps, kind, save, indices)
-    acc = runtime.accumulator(x)
-    if acc is torch.float64 and param is None:
-        param = x.new_tensor(p)  # numbers reach a kernel as float32
-    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    y, winner, aux, index = outputs = operators.empty_outputs(x, (x.shape[1], *size), window.taps, kind, save, indices)
+    scale, shift, param = operators.dense_parameters(x, scale, shift, param, p)
     tile = runtime.Tile.over(x, *size)
-    strides = runtime.Strides.of(x)
+    # Neighbouring outputs read neighbours of x.
+    vectors = tile.last or (window.stride_w == 1 and not tables)
+    strides = runtime.Strides.of(x, tile.last, vectors)
+    align = runtime.alignment((x.shape[3],)) if vectors and not tile.last else 1
     top, left = tables or (y, y)
     tile.launch(
         _forward,
         *(x, pointer(scale, x), pointer(shift, x), pointer(param, x), pointer(seed, x), top, left),
         *(y, winner, aux, index),
-        *(tile.rows, x.shape[1], x.shape[2], x.shape[3], *size, *strides.outer, strides.inner, p),
-        KIND=kind,
-        ACTIVATION=activation,
+        *(tile.rows, *x.shape[1:3], x.shape[3] // align, size[0], size[1] // tile.align),
+        *(*strides.outer, strides.inner, p),
+        **operators.forward_constants(kind, activation, outputs),
         **present(scale=scale, shift=shift, param=param),
-        TABLE=bool(tables),
-        SAVE_WINNER=winner.dim() == 4,
-        SAVE_AUX=aux.dim() == 4,
-        SAVE_INDEX=indices,
-        SENTINEL=operators.sentinel(winner),
         **_constants(window),
+        TABLE=bool(tables),
         WIDE=runtime.wide(x, y),
         ALIGN=strides.align,
-        ACC=runtime.triton_type(acc),
+        W_ALIGN=align,
+        OW_ALIGN=tile.align,
         UNROLL=window.taps <= 25 and kind != "stochastic",
     )
     return outputs
@@ -329,62 +323,52 @@ def launch_backward(
     tables: Sequence[Tensor],
     window: Window,
     overlap: tuple[int, int],
-    size: Sequence[int],
+    shape: Sequence[int],
     last: bool,
     kind: str,
     p: float,
     activation: str,
     norm: Norm | None = None,
 ) -> Outputs:
-    """Gradients by x [N, C, *size], dense, channels_last or not, and by scale, shift and param; see `_backward`.
+    """Gradients by x [*shape], dense, channels_last or not, and by scale, shift and param; see `_backward`.
 
     Args:
         tables: those of launch_forward, and int32 [H] and [W]: the first window that each row or column lies in.
         overlap: the most windows that a row, and a column, can lie in.
     """
-    known, acc = KINDS[kind], runtime.accumulator(g)
-    outputs = operators.empty_gradients(g, scale, shift, param, size, last)
-    dx, dscale, dshift, dparam = outputs
+    acc = runtime.accumulator(g)
+    dx, dscale, dshift, dparam = outputs = operators.empty_gradients(g, scale, shift, param, shape, last)
     mode = "" if norm is None else "sums" if norm.offset is None else "dx"
     affine = mode != "dx" and (scale is not None or shift is not None)
-    if mode != "sums" and param is not None and known.learnable:
+    if mode != "sums" and param is not None and KINDS[kind].learnable:
         dparam.copy_((g.to(acc) * aux).sum().view(param.shape))
-    if acc is torch.float64 and param is None:
-        param = g.new_tensor(p)
-    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    scale, shift, param = operators.dense_parameters(g, scale, shift, param, p)
     winner, aux = runtime.dense(winner, last), runtime.dense(aux, last)
     y = None if y is None else runtime.dense(y, last)
-    tile = runtime.Tile.over(dx, size[0], size[1], last)
+    tile = runtime.Tile.over(dx, shape[2], shape[3], last)
     partials = g.new_empty((2, *tile.partials) if affine else 0, dtype=acc)
-    x_strides, g_strides = runtime.Strides.of(dx if x is None else x, tile.last), runtime.Strides.of(g, tile.last)
+    x_strides = runtime.Strides.of(dx if x is None else x, tile.last)
+    g_strides = runtime.Strides.of(g, tile.last, vectors=tile.last)
     top, left, first_h, first_w = tables or (dx,) * 4
     tile.launch(
         _backward,
         *(g, pointer(x, g), pointer(y, g), winner, aux, pointer(scale, g), pointer(shift, g), pointer(param, g)),
         *(top, left, first_h, first_w, dx, partials, *(pointer(t, g) for t in norm or (None,) * 3)),
-        *(tile.rows, g.shape[1], *size, g.shape[2], g.shape[3], *x_strides.outer, x_strides.inner),
-        *(*g_strides.outer, g_strides.inner, p),
-        KIND=kind,
-        ACTIVATION=activation,
+        *(tile.rows, *shape[1:3], shape[3] // tile.align, g.shape[2], g.shape[3]),
+        *(*x_strides.outer, x_strides.inner, *g_strides.outer, g_strides.inner, p),
+        **operators.backward_constants(kind, activation, g, winner),
         **present(scale=scale, shift=shift, param=param, x=x, y=y),
+        **_constants(window),
         TABLE=bool(tables),
-        HAS_WINNER=known.winner,
-        HAS_AUX=known.aux and not known.learnable,
         AFFINE_GRADIENT=affine,
         NORM=mode,
-        SENTINEL=operators.sentinel(winner),
-        **_constants(window),
         WIDE=runtime.wide(dx, g, x, y, winner, aux),
         ALIGN=x_strides.align,
         G_ALIGN=g_strides.align,
-        ACC=runtime.triton_type(acc),
+        W_ALIGN=tile.align,
         TH=overlap[0],
         TW=overlap[1],
     )
     if affine:
-        by_scale, by_shift = tile.per_channel(partials)
-        if scale is not None:
-            dscale.copy_(by_scale)
-        if shift is not None:
-            dshift.copy_(by_shift)
+        operators.fill((dscale, dshift), tile.per_channel(partials))
     return outputs

@@ -1,5 +1,6 @@
 """Pooling across groups of neighbouring channels: the operator `channel_pool`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from fusedpool import arguments, operators, runtime
 from fusedpool import groups as kernels
-from fusedpool.window import stochastic, wants_gradient
 
 
 def channel_pool(
@@ -43,13 +43,12 @@ def channel_pool(
     maps = {2: x[..., None, None], 3: x[:, :, None]}.get(x.dim(), x)
     arguments.check_map(maps)
     arguments.check_groups(maps, groups)
-    kind = stochastic(kind, training)
-    arguments.check_kind(kind)
+    kind = arguments.kind_in(kind, training)
     name = arguments.check_prologue(x, scale, shift, activation, 1)
     number, param = arguments.parameter(kind, p, x)
     arguments.check_indices(kind, return_indices)
     seed = arguments.seed_for(x, generator) if kind == "stochastic" else None
-    save = wants_gradient(x, scale, shift, param)
+    save = operators.wants_gradient(x, scale, shift, param)
     y, _, _, index = _channel(maps, scale, shift, param, seed, groups, kind, number, name, save, return_indices)
     y, index = (t if t.dim() < 4 else t.view(*t.shape[:2], *x.shape[2:]) for t in (y, index))
     return (y, index) if return_indices else y
@@ -74,10 +73,6 @@ class Members:
     def output_shape(self, channels: int) -> tuple[int, int, int]:
         """(groups, H, W)."""
         return self.groups, self.height, self.width
-
-    def input_shape(self, channels: int) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.channels, self.height, self.width
 
     def valid(self) -> Tensor:
         """bool [taps]."""
@@ -114,13 +109,13 @@ def _channel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if runtime.use_triton(x):
         return kernels.launch_forward(x, scale, shift, param, seed, groups, kind, p, activation, save, indices)
-    members = Members(groups, x.shape[1], x.shape[2], x.shape[3], x.device)
+    members = _members(x.shape, x.device, groups)
     return operators.reference_forward(x, scale, shift, param, seed, members, kind, p, activation, save, indices)
 
 
 @_channel.register_fake
 def _(x, scale, shift, param, seed, groups, kind, p, activation, save, indices):
-    return kernels.empty_outputs(x, groups, kind, save, indices)
+    return operators.empty_outputs(x, (groups, *x.shape[2:]), x.shape[1] // groups, kind, save, indices)
 
 
 @torch.library.custom_op("fusedpool::channel_backward", mutates_args=())
@@ -133,50 +128,21 @@ def _channel_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     param: Tensor | None,
-    channels: int,
+    shape: Sequence[int],
     last: bool,
+    groups: int,
     kind: str,
     p: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if runtime.use_triton(g):
-        return kernels.launch_backward(g, x, y, winner, aux, scale, shift, param, channels, last, kind, p, activation)
-    members = Members(g.shape[1], channels, g.shape[2], g.shape[3], g.device)
-    return operators.reference_backward(g, x, winner, scale, shift, param, last, members, kind, p, activation)
+        return kernels.launch_backward(g, x, y, winner, aux, scale, shift, param, shape, last, kind, p, activation)
+    members = _members(shape, g.device, groups)
+    return operators.reference_backward(g, x, winner, scale, shift, param, shape, last, members, kind, p, activation)
 
 
-@_channel_backward.register_fake
-def _(g, x, y, winner, aux, scale, shift, param, channels, last, kind, p, activation):
-    return kernels.empty_gradients(g, scale, shift, param, channels, last)
+def _members(shape: Sequence[int], device: torch.device, groups: int) -> Members:
+    return Members(groups, shape[1], shape[2], shape[3], device)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, scale, shift, param, _, _, ctx.kind, ctx.p, ctx.activation, _, _ = inputs
-    ctx.channels = x.shape[1]
-    operators.save(ctx, x, scale, shift, param, output)
-
-
-def _gradient(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    gradients = _channel_backward(g, *saved, ctx.channels, ctx.last, ctx.kind, ctx.p, ctx.activation)
-    return *operators.wanted(gradients, *saved[-3:]), *(None,) * 7
-
-
-_channel.register_autograd(_gradient, setup_context=_setup)
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    g, x, _, winner, _, scale, shift, param, ctx.channels, _, ctx.kind, ctx.p, ctx.activation = inputs
-    ctx.save_for_backward(g, x, winner, scale, shift, param)
-
-
-def _second_gradient(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    g = ctx.saved_tensors[0]
-    members = Members(g.shape[1], ctx.channels, g.shape[2], g.shape[3], g.device)
-    dg, dx, dscale, dshift, dparam = operators.second_gradient(
-        ctx.saved_tensors, gradients, members, ctx.kind, ctx.p, ctx.activation
-    )
-    return dg, dx, None, None, None, dscale, dshift, dparam, *(None,) * 5
-
-
-_channel_backward.register_autograd(_second_gradient, setup_context=_setup_backward)
+operators.register_gradients(_channel, _channel_backward, _members)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedpool import arguments, conv_launch, operators, prologue, runtime
 from fusedpool.kinds import KINDS
-from fusedpool.reference import Pooled, grad_taps, pool_taps
+from fusedpool.taps import Pooled, grad_taps, pool_taps
 
 CONV_KINDS: Final = tuple(kind for kind in KINDS if kind != "stochastic")
 """The kinds that there are here: all but the one that samples."""
@@ -53,7 +53,7 @@ def conv1x1_global_pool2d(
     name = arguments.check_prologue(x, None, None, activation, 1)
     number, param = arguments.parameter(kind, p, x)
     _check_weights(x, weight, bias)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, param))
+    save = operators.wants_gradient(x, weight, bias, param)
     y: Tensor = _conv(x, weight.reshape(weight.shape[:2]), bias, param, kind, number, name, save)[0]
     return y
 
@@ -145,7 +145,7 @@ def _conv(
         pooled = _reference_forward(*inputs, kind, p if param is None else param, activation)
     y.copy_(pooled.y)
     if winner.dim() == 2 and pooled.winner is not None:
-        masked = activation == "relu" and kind != "mixed"
+        masked = operators.masked(kind, activation)
         winner.copy_(torch.where(pooled.y <= 0, -1, pooled.winner) if masked else pooled.winner)
     if saved.dim() == 3:
         saved[0].copy_(pooled.y)
@@ -163,7 +163,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised dx, dweight, dbias, dparam; those not wanted are empty."""
     return (
-        runtime.empty_map(x, x.shape[2], x.shape[3]) if wanted[0] else x.new_empty(0),
+        runtime.empty_map(x, x.shape[1:]) if wanted[0] else x.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else x.new_empty(0),
         torch.empty_like(bias) if wanted[1] and bias is not None else x.new_empty(0),
         torch.empty_like(param) if param is not None and KINDS[kind].learnable else x.new_empty(0),
@@ -196,9 +196,7 @@ def _conv_backward(
         with torch.autocast(x.device.type, enabled=False):
             upcast = [None if t is None else t.to(acc) for t in (g, x, weight, bias, param)]
             results = _reference_backward(upcast, winner, kind, p, activation)
-    for output, result in zip(outputs, results, strict=True):
-        if result is not None and output.numel():
-            output.copy_(result)
+    operators.fill(outputs, results)
     return outputs
 
 

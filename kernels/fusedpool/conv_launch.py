@@ -7,9 +7,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fusedpool import conv_kernels, runtime
+from fusedpool import conv_kernels, operators, runtime
 from fusedpool._triton import tl
 from fusedpool.kinds import KINDS
+from fusedpool.runtime import pointer, present
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class _Tiling:
 def _power(size: int, most: int) -> int:
     """The power of two that holds size, from 16, the least of a matrix product, to most."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+def _warps(x: Tensor) -> int:
+    """Of a program that holds several numbers for each element of its tile: 256 threads where tiles are large."""
+    return 8 if x.element_size() == 2 and not torch.version.hip else 4
 
 
 def _map(x: Tensor, weight: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -126,21 +132,26 @@ def launch_forward(
     states = (parts[0], parts[-2] if whole else parts[0], parts[-1], positions)
     blocks = runtime.cdiv(outputs, tiling.block_outputs)
     places, constants = _map(x, weight)
-    shared = {"KIND": kind, "ACTIVATION": activation, "HAS_PARAM": param is not None, "WHOLE": whole}
-    conv_kernels.forward[(n * splits * blocks,)](
-        *(x, weight, x if bias is None else bias, x if param is None else param, *states),
+    bias, _, param = operators.dense_parameters(x, bias, None, param, p)
+    shared = {"KIND": kind, "ACTIVATION": activation, "WHOLE": whole, **present(param=param)}
+    runtime.launch(
+        conv_kernels.forward,
+        n * splits * blocks,
+        *(x, weight, pointer(bias, x), pointer(param, x), *states),
         **places,
         SPLITS=splits,
         PER=per,
         p=p,
         **shared,
-        HAS_BIAS=bias is not None,
+        **present(bias=bias),
         **constants,
         **tiling.constants(),
-        num_warps=4,
+        num_warps=_warps(x) if whole else 4,
     )
-    conv_kernels.merge[(runtime.cdiv(n * outputs, 128),)](
-        *(*states, x if param is None else param, y, winner, saved, n, tiling.pixels, splits, p),
+    runtime.launch(
+        conv_kernels.merge,
+        runtime.cdiv(n * outputs, 128),
+        *(*states, pointer(param, x), y, winner, saved, n, tiling.pixels, splits, p),
         **shared,
         SAVE_WINNER=winner.dim() == 2,
         SAVE=saved.dim() == 3,
@@ -171,10 +182,11 @@ def launch_backward(
     """
     (n, inputs), outputs = x.shape[:2], weight.shape[0]
     tiling = _Tiling.backward(x, outputs)
-    if activation == "relu" and kind in ("max", "min"):
+    if operators.masked(kind, activation):
         activation = "none"  # its mask is in the winner
     places, constants = _map(x, weight)
-    tensors = (g.contiguous(), x, weight, x if bias is None else bias, x if param is None else param, winner, saved)
+    bias, _, param = operators.dense_parameters(x, bias, None, param, p)
+    tensors = (g.contiguous(), x, weight, pointer(bias, x), pointer(param, x), winner, saved)
     shared = {
         **places,
         "N": n,
@@ -182,21 +194,20 @@ def launch_backward(
         "KIND": "sum" if kind == "avg" else kind,  # divided at the end, so that small numbers keep their digits
         "AVERAGE": kind == "avg",
         "ACTIVATION": activation,
-        "HAS_BIAS": bias is not None,
-        "HAS_PARAM": param is not None,
+        **present(bias=bias, param=param),
         "HAS_WINNER": KINDS[kind].winner,
         "HAS_SAVED": KINDS[kind].uses_input,
         "RECOMPUTE": KINDS[kind].uses_input or activation != "none",
         **constants,
         **tiling.constants(),
-        "num_warps": 8 if x.element_size() == 2 and not torch.version.hip else 4,
+        "num_warps": _warps(x),
         "num_stages": 2,
     }
     ins, outs = runtime.cdiv(inputs, tiling.block_inputs), runtime.cdiv(outputs, tiling.block_outputs)
     dx = by_weight = by_bias = None
     if wanted[0]:
-        dx = runtime.empty_map(x, x.shape[2], x.shape[3])
-        conv_kernels.backward_input[(n * tiling.tiles * ins,)](*tensors, dx, **shared)
+        dx = runtime.empty_map(x, x.shape[1:])
+        runtime.launch(conv_kernels.backward_input, n * tiling.tiles * ins, *tensors, dx, **shared)
     if wanted[1]:
         # About 256 programs: enough to fill an accelerator, few enough for partial sums smaller than x.
         splits = min(runtime.cdiv(256, ins * outs), runtime.cdiv(n * tiling.tiles, 8))
@@ -204,6 +215,6 @@ def launch_backward(
         splits = runtime.cdiv(n * tiling.tiles, per)
         weights = g.new_empty((splits, outputs, inputs), dtype=runtime.accumulator(x))
         biases = weights.new_empty((splits, outputs))
-        conv_kernels.backward_weight[(splits * ins * outs,)](*tensors, weights, biases, PER=per, **shared)
+        runtime.launch(conv_kernels.backward_weight, splits * ins * outs, *tensors, weights, biases, PER=per, **shared)
         by_weight, by_bias = weights.sum(0), biases.sum(0)
     return dx, by_weight, by_bias

@@ -9,7 +9,6 @@ from torch import Tensor
 from fusedpool import arguments, cells, operators, runtime
 from fusedpool.arguments import IntPair, Window
 from fusedpool.reference import Cells
-from fusedpool.window import stochastic, wants_gradient
 
 _BITS: Final = 20  # of each uniform sample; a side squared times 2^20 must fit into int64
 _MIDDLE: Final = (1 << _BITS - 1) * ((1 << _BITS) + 1)  # the seed of samples 1/2 and 1/2
@@ -47,8 +46,7 @@ def fractional_pool2d(
     Returns, the other arguments and errors: as in `pool2d`; the output is [N, C, OH, OW].
     """
     arguments.check_map(x)
-    kind = stochastic(kind, training)
-    arguments.check_kind(kind)
+    kind = arguments.kind_in(kind, training)
     kernel = arguments.pair(kernel_size, "kernel_size", 1)
     size = arguments.fractional_size(x, kernel, output_size, output_ratio)
     name = arguments.check_prologue(x, scale, shift, activation, 1)
@@ -57,7 +55,7 @@ def fractional_pool2d(
     fixed = generator is None and not training
     seed = x.new_full((1,), _MIDDLE, dtype=torch.int64) if fixed else arguments.seed_for(x, generator)
     top, left = starts(seed, (x.shape[2], x.shape[3]), kernel, size)
-    save = wants_gradient(x, scale, shift, param)
+    save = operators.wants_gradient(x, scale, shift, param)
     y, _, _, index = _fractional(
         x, scale, shift, param, seed, top, left, list(kernel), kind, number, name, save, return_indices
     )
@@ -96,10 +94,10 @@ def _window(kernel: Sequence[int]) -> Window:
     return Window(kernel[0], kernel[1], 1, 1, 0, 0, 1, 1, 0, 0)
 
 
-def _cells(top: Tensor, left: Tensor, kernel: Sequence[int], size: Sequence[int]) -> Cells:
-    rows = top.long()[:, None] + torch.arange(kernel[0], device=top.device)
-    columns = left.long()[:, None] + torch.arange(kernel[1], device=left.device)
-    return Cells(rows, columns, size[0], size[1])
+def _places(shape: Sequence[int], device: torch.device, top: Tensor, left: Tensor, kernel: Sequence[int]) -> Cells:
+    rows = top.long()[:, None] + torch.arange(kernel[0], device=device)
+    columns = left.long()[:, None] + torch.arange(kernel[1], device=device)
+    return Cells(rows, columns, shape[2], shape[3])
 
 
 @torch.library.custom_op("fusedpool::fractional", mutates_args=())
@@ -123,13 +121,14 @@ def _fractional(
         return cells.launch_forward(
             x, scale, shift, param, seed, (top, left), _window(kernel), size, kind, p, activation, save, indices
         )
-    places = _cells(top, left, kernel, x.shape[2:])
+    places = _places(x.shape, x.device, top, left, kernel)
     return operators.reference_forward(x, scale, shift, param, seed, places, kind, p, activation, save, indices)
 
 
 @_fractional.register_fake
 def _(x, scale, shift, param, seed, top, left, kernel, kind, p, activation, save, indices):
-    return operators.empty_outputs(x, (top.shape[0], left.shape[0]), kernel[0] * kernel[1], kind, save, indices)
+    shape = (x.shape[1], top.shape[0], left.shape[0])
+    return operators.empty_outputs(x, shape, kernel[0] * kernel[1], kind, save, indices)
 
 
 @torch.library.custom_op("fusedpool::fractional_backward", mutates_args=())
@@ -142,58 +141,24 @@ def _fractional_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     param: Tensor | None,
+    shape: Sequence[int],
+    last: bool,
     top: Tensor,
     left: Tensor,
-    size: Sequence[int],
-    last: bool,
     kernel: Sequence[int],
     kind: str,
     p: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not runtime.use_triton(g):
-        places = _cells(top, left, kernel, size)
-        return operators.reference_backward(g, x, winner, scale, shift, param, last, places, kind, p, activation)
-    (first_h, most_h), (first_w, most_w) = (_covering(*each) for each in zip((top, left), size, kernel, strict=True))
+        places = _places(shape, g.device, top, left, kernel)
+        return operators.reference_backward(g, x, winner, scale, shift, param, shape, last, places, kind, p, activation)
+    covering = (_covering(*each) for each in zip((top, left), shape[2:], kernel, strict=True))
+    (first_h, most_h), (first_w, most_w) = covering
     tables, overlap = (top, left, first_h, first_w), (most_h, most_w)
     return cells.launch_backward(
-        g, x, y, winner, aux, scale, shift, param, tables, _window(kernel), overlap, size, last, kind, p, activation
+        g, x, y, winner, aux, scale, shift, param, tables, _window(kernel), overlap, shape, last, kind, p, activation
     )
 
 
-@_fractional_backward.register_fake
-def _(g, x, y, winner, aux, scale, shift, param, top, left, size, last, kernel, kind, p, activation):
-    return operators.empty_gradients(g, scale, shift, param, size, last)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, scale, shift, param, _, ctx.top, ctx.left, ctx.kernel, ctx.kind, ctx.p, ctx.activation, _, _ = inputs
-    operators.save(ctx, x, scale, shift, param, output)
-
-
-def _gradient(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    gradients = _fractional_backward(
-        g, *saved, ctx.top, ctx.left, ctx.size, ctx.last, ctx.kernel, ctx.kind, ctx.p, ctx.activation
-    )
-    return *operators.wanted(gradients, *saved[-3:]), *(None,) * 9
-
-
-_fractional.register_autograd(_gradient, setup_context=_setup)
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    g, x, _, winner, _, scale, shift, param, ctx.top, ctx.left, ctx.size, _, ctx.kernel, *rest = inputs
-    ctx.kind, ctx.p, ctx.activation = rest
-    ctx.save_for_backward(g, x, winner, scale, shift, param)
-
-
-def _second_gradient(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    places = _cells(ctx.top, ctx.left, ctx.kernel, ctx.size)
-    dg, dx, dscale, dshift, dparam = operators.second_gradient(
-        ctx.saved_tensors, gradients, places, ctx.kind, ctx.p, ctx.activation
-    )
-    return dg, dx, None, None, None, dscale, dshift, dparam, *(None,) * 8
-
-
-_fractional_backward.register_autograd(_second_gradient, setup_context=_setup_backward)
+operators.register_gradients(_fractional, _fractional_backward, _places)

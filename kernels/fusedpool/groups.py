@@ -2,31 +2,23 @@
 
 A program's tile of inputs is [BR, BG * BK]. channels_last: pixels x (groups, BK of a group's members), so that loads
 run along the channels, and the members are reduced at the end; NCHW: (image, group, line) x the line's pixels, BK = 1.
-The remaining members are taken in a loop.
+The remaining members are taken in a loop. channels_last loads are 16 bytes wide where K is a power of two or a multiple
+of 8: groups of 3 channels, say, begin at places that are multiples of 3 alone.
 
 Bytes per input element of size s, for groups of k: forward s + s / k, and 1 / k more for a winner; backward
 s + s / k + 1 / k, and s more where the gradient depends on the input.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from fusedpool import operators, runtime
 from fusedpool._triton import tl, triton
-from fusedpool.kinds import (
-    KINDS,
-    combine,
-    exponential,
-    finish,
-    finish_aux,
-    gradient,
-    identity,
-    lift,
-    reduce,
-)
+from fusedpool.kinds import KINDS, combine, exponential, finish, finish_aux, gradient, identity, lift, reduce
+from fusedpool.layout import dense_offset, extent, strided_offset
 from fusedpool.operators import Outputs
 from fusedpool.prologue import activate, activate_derivative, load_affine
 from fusedpool.runtime import pointer, present
@@ -38,12 +30,12 @@ _ELEMENTS: Final = 1024
 
 @triton.jit
 def _tile(
-    ROWS, C, H, WIDTH, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    ROWS, C, H, W, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """What this program's [BR, BC] inputs belong to: (n, group, h, w), each [BR, 1] or [1, BC], and the output's place
     in a dense map; the first of the BK members of the group, and its channel; which exist."""
-    columns = C // K * BK if CHANNELS_LAST else WIDTH
+    columns = C // K * BK if CHANNELS_LAST else W
     blocks = tl.cdiv(columns, BC)
     line, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if WIDE:
@@ -52,23 +44,23 @@ def _tile(
     column = block * BC + tl.arange(0, BC)[None, :]
     member = (column % BK).to(tl.int32)
     if CHANNELS_LAST:
-        n, group, h, w = row // WIDTH // H, column // BK, row // WIDTH % H, row % WIDTH
+        n, group, h, w = row // W // H, column // BK, row // W % H, row % W
         channel, out, inside = group * K + member, row * (C // K) + group, (row < ROWS) & (column < columns)
         if K == BK:  # the same, in a form that shows that channels are contiguous
             channel, inside = column, (row < ROWS) & (column < C)
     else:
         n, group, h, w = row // H // (C // K), row // H % (C // K), row % H, column
-        channel, out, inside = group * K, row * WIDTH + column, (row < ROWS) & (column < WIDTH)
+        channel, out, inside = group * K, row * W + column, (row < ROWS) & (column < W)
     return n, group, h, w, out, member, channel, inside
 
 
 @triton.jit
 def _outputs(
-    ROWS, C, H, WIDTH, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    ROWS, C, H, W, K: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BR: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """The groups of this program's [BR, BG] outputs, their place in a dense map, and which exist."""
-    columns = C // K if CHANNELS_LAST else WIDTH
+    columns = C // K if CHANNELS_LAST else W
     blocks = tl.cdiv(columns, BG)
     line, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if WIDE:
@@ -93,13 +85,13 @@ def _forward(
     y = finish(combine of lift(activation(scale x + shift)) over the K channels of a group); see kinds.py. winner is
     the place of a channel in its group, index the channel. W is given / W_ALIGN.
     """
-    WIDTH = W * W_ALIGN
-    n, group, h, w, out, lane, first, inside = _tile(ROWS, C, H, WIDTH, K, CHANNELS_LAST, WIDE, BR, BC, BK)
+    W = extent(W, W_ALIGN, WIDE)
+    n, group, h, w, out, lane, first, inside = _tile(ROWS, C, H, W, K, CHANNELS_LAST, WIDE, BR, BC, BK)
     if HAS_PARAM:
         p = tl.load(param)
     p = tl.cast(p, ACC)
     a, b, k, i = identity(tl.zeros((BR, BC), ACC), KIND)
-    counter = ((n.to(tl.int64) * (C // K) + group) * H + h) * WIDTH + w
+    counter = dense_offset(n.to(tl.int64), group, h, w, C // K, H, W, False)
     for start in range(0, K, BK):
         member, channel = lane + start, first
         if K != BK:
@@ -108,10 +100,7 @@ def _forward(
         if K % BK != 0:
             valid = inside & (member < K)
         s, t = load_affine(scale, shift, channel, channel < C, HAS_SCALE, HAS_SHIFT, ACC)
-        if CHANNELS_LAST:
-            offset = (n * x_n + h * x_h + w * x_w) * ALIGN + channel * x_inner
-        else:
-            offset = (n * x_n + channel * x_c + h * x_h) * ALIGN + w * x_inner
+        offset = strided_offset(n, channel, h, w, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN)
         v = activate(tl.load(x + offset, valid, 0.0).to(ACC) * s + t, ACTIVATION)
         position = tl.where(valid, member, -1)
         e = v
@@ -123,7 +112,7 @@ def _forward(
         BG: tl.constexpr = BC // BK
         a, b, k = tl.reshape(a, (BR, BG, BK)), tl.reshape(b, (BR, BG, BK)), tl.reshape(k, (BR, BG, BK))
         a, b, k, i = reduce(a, b, k, tl.reshape(i, (BR, BG, BK)), KIND, 2)
-        group, out, inside = _outputs(ROWS, C, H, WIDTH, K, CHANNELS_LAST, WIDE, BR, BG)
+        group, out, inside = _outputs(ROWS, C, H, W, K, CHANNELS_LAST, WIDE, BR, BG)
     divisor = tl.full((1, 1), K, ACC)
     value = finish(a, b, k, divisor, p, KIND)
     tl.store(y + out, value.to(y.dtype.element_ty), inside)
@@ -153,15 +142,12 @@ def _backward(
     With AFFINE_GRADIENT, each tile leaves its sums of the gradients by scale and by shift in partials:
     [2, row blocks, C] for channels_last, else [2, N * C * H, column blocks].
     """
-    WIDTH = W * W_ALIGN
-    n, group, h, w, saved, lane, first, inside = _tile(ROWS, C, H, WIDTH, K, CHANNELS_LAST, WIDE, BR, BC, BK)
+    W = extent(W, W_ALIGN, WIDE)
+    n, group, h, w, saved, lane, first, inside = _tile(ROWS, C, H, W, K, CHANNELS_LAST, WIDE, BR, BC, BK)
     if HAS_PARAM:
         p = tl.load(param)
     p = tl.cast(p, ACC)
-    if CHANNELS_LAST:
-        incoming = (n * g_n + h * g_h + w * g_w) * G_ALIGN + group * g_inner
-    else:
-        incoming = (n * g_n + group * g_c + h * g_h) * G_ALIGN + w * g_inner
+    incoming = strided_offset(n, group, h, w, g_n, g_c, g_h, g_w, g_inner, CHANNELS_LAST, G_ALIGN)
     gy = tl.load(g + incoming, inside, 0.0).to(ACC)
     value, extra = gy, gy
     if HAS_Y:
@@ -181,23 +167,18 @@ def _backward(
         if K % BK != 0:
             valid = inside & (member < K)
         s, t = load_affine(scale, shift, channel, channel < C, HAS_SCALE, HAS_SHIFT, ACC)
-        if CHANNELS_LAST:
-            offset = (n * x_n + h * x_h + w * x_w) * ALIGN + channel * x_inner
-            place = ((n * H + h) * WIDTH + w) * C + channel
-        else:
-            offset = (n * x_n + channel * x_c + h * x_h) * ALIGN + w * x_inner
-            place = ((n * C + channel) * H + h) * WIDTH + w
         raw = tl.zeros((BR, BC), ACC)
         if HAS_X:
+            offset = strided_offset(n, channel, h, w, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN)
             raw = tl.load(x + offset, valid, 0.0).to(ACC)
         u = raw * s + t
         du = gradient(gy, activate(u, ACTIVATION), value, extra, kept == member, divisor, p, KIND)
         if HAS_X:
             du = du * activate_derivative(u, ACTIVATION)
-        tl.store(dx + place, (du * s).to(dx.dtype.element_ty), valid)
+        tl.store(dx + dense_offset(n, channel, h, w, C, H, W, CHANNELS_LAST), (du * s).to(dx.dtype.element_ty), valid)
         if AFFINE_GRADIENT:
             by_scale, by_shift = tl.where(valid, du * raw, 0.0), tl.where(valid, du, 0.0)
-            blocks = tl.cdiv(C // K * BK if CHANNELS_LAST else WIDTH, BC)
+            blocks = tl.cdiv(C // K * BK if CHANNELS_LAST else W, BC)
             line, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
             if CHANNELS_LAST:
                 spot, second = line * C + channel, tl.cdiv(ROWS, BR).to(tl.int64) * C
@@ -231,21 +212,8 @@ def _tiles(like: Tensor, groups: int, taps: int, last: bool) -> tuple[runtime.Ti
         return runtime.Tile(
             True, groups * taps, n, n * height * width, groups * members, max(1, _ELEMENTS // block), block
         ), members
-    block = next((size for size in (8, 16, 32, 64) if width <= size), 128)
+    block = runtime.line_block(width)
     return runtime.Tile(False, groups * taps, n, n * groups * height, width, max(1, _ELEMENTS // block), block), 1
-
-
-def empty_outputs(x: Tensor, groups: int, kind: str, save: bool, indices: bool) -> Outputs:
-    """Uninitialised (y, winner, aux, index) for maps x."""
-    size, taps = (x.shape[2], x.shape[3]), x.shape[1] // groups
-    return operators.empty_outputs(x, size, taps, kind, save, indices, groups)
-
-
-def empty_gradients(
-    g: Tensor, scale: Tensor | None, shift: Tensor | None, param: Tensor | None, channels: int, last: bool
-) -> Outputs:
-    """Uninitialised (dx, dscale, dshift, dparam)."""
-    return operators.empty_gradients(g, scale, shift, param, g.shape[2:], last, channels)
 
 
 def launch_forward(
@@ -262,33 +230,23 @@ def launch_forward(
     indices: bool,
 ) -> Outputs:
     """y, winner, aux, index, each dense [N, groups, H, W]; those not wanted are empty."""
-    y, winner, aux, index = outputs = empty_outputs(x, groups, kind, save, indices)
-    acc = runtime.accumulator(x)
-    if acc is torch.float64 and param is None:
-        param = x.new_tensor(p)  # numbers reach a kernel as float32
-    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    taps = x.shape[1] // groups
+    y, winner, aux, index = outputs = operators.empty_outputs(x, (groups, *x.shape[2:]), taps, kind, save, indices)
+    scale, shift, param = operators.dense_parameters(x, scale, shift, param, p)
     last = runtime.channels_last(x) or (x.shape[2] * x.shape[3] == 1 and x.stride(1) == 1)
     (x,) = _flat(x)
-    taps = x.shape[1] // groups
     tile, members = _tiles(x, groups, taps, last)
     strides = runtime.Strides.of(x, last)
-    width_align = 1 if last else runtime.alignment((x.shape[3],))
     tile.launch(
         _forward,
         *(x, pointer(scale, x), pointer(shift, x), pointer(param, x), pointer(seed, x), y, winner, aux, index),
-        *(tile.rows, x.shape[1], x.shape[2], x.shape[3] // width_align, *strides.outer, strides.inner, p),
-        KIND=kind,
-        ACTIVATION=activation,
+        *(tile.rows, *x.shape[1:3], x.shape[3] // tile.align, *strides.outer, strides.inner, p),
+        **operators.forward_constants(kind, activation, outputs),
         **present(scale=scale, shift=shift, param=param),
-        SAVE_WINNER=winner.dim() == 4,
-        SAVE_AUX=aux.dim() == 4,
-        SAVE_INDEX=index.dim() == 4,
-        SENTINEL=operators.sentinel(winner),
         K=taps,
         WIDE=runtime.wide(x, y),
         ALIGN=strides.align,
-        W_ALIGN=width_align,
-        ACC=runtime.triton_type(acc),
+        W_ALIGN=tile.align,
         BK=members,
     )
     return outputs
@@ -303,21 +261,19 @@ def launch_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     param: Tensor | None,
-    channels: int,
+    shape: Sequence[int],
     last: bool,
     kind: str,
     p: float,
     activation: str,
 ) -> Outputs:
-    """Gradients by x, dense [N, channels, H, W], channels_last or not, and by scale, shift and param."""
-    known, acc = KINDS[kind], runtime.accumulator(g)
-    dx, dscale, dshift, dparam = outputs = empty_gradients(g, scale, shift, param, channels, last)
+    """Gradients by x [*shape], dense, channels_last or not, and by scale, shift and param."""
+    acc = runtime.accumulator(g)
+    dx, dscale, dshift, dparam = outputs = operators.empty_gradients(g, scale, shift, param, shape, last)
     affine = scale is not None or shift is not None
-    if param is not None and known.learnable:
+    if param is not None and KINDS[kind].learnable:
         dparam.copy_((g.to(acc) * aux).sum().view(param.shape))
-    if acc is torch.float64 and param is None:
-        param = g.new_tensor(p)
-    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    scale, shift, param = operators.dense_parameters(g, scale, shift, param, p)
     winner, aux = runtime.dense(winner, last), runtime.dense(aux, last)
     y = None if y is None else runtime.dense(y, last)
     last = last or dx.shape[2] * dx.shape[3] == 1
@@ -327,32 +283,22 @@ def launch_backward(
     sums = replace(tile, rows=tile.rows if last else tile.rows * taps, columns=dx.shape[1] if last else tile.columns)
     partials = g.new_empty((2, *sums.partials) if affine else 0, dtype=acc)
     x_strides, g_strides = runtime.Strides.of(inputs[0] if inputs else dx, last), runtime.Strides.of(g, last)
-    width_align = 1 if last else runtime.alignment((dx.shape[3],))
     tile.launch(
         _backward,
         *(g, pointer(x, g), pointer(y, g), winner, aux),
         *(pointer(scale, g), pointer(shift, g), pointer(param, g), dx, partials),
-        *(tile.rows, dx.shape[1], dx.shape[2], dx.shape[3] // width_align, *x_strides.outer, x_strides.inner),
-        *(*g_strides.outer, g_strides.inner, p),
-        KIND=kind,
-        ACTIVATION=activation,
+        *(tile.rows, *dx.shape[1:3], dx.shape[3] // tile.align),
+        *(*x_strides.outer, x_strides.inner, *g_strides.outer, g_strides.inner, p),
+        **operators.backward_constants(kind, activation, g, winner),
         **present(scale=scale, shift=shift, param=param, x=x, y=y),
-        HAS_WINNER=known.winner,
-        HAS_AUX=known.aux and not known.learnable,
         AFFINE_GRADIENT=affine,
-        SENTINEL=operators.sentinel(winner),
         K=taps,
         WIDE=runtime.wide(dx, g, x),
         ALIGN=x_strides.align,
         G_ALIGN=g_strides.align,
-        W_ALIGN=width_align,
-        ACC=runtime.triton_type(acc),
+        W_ALIGN=tile.align,
         BK=members,
     )
     if affine:
-        by_scale, by_shift = sums.per_channel(partials)
-        if scale is not None:
-            dscale.copy_(by_scale)
-        if shift is not None:
-            dshift.copy_(by_shift)
+        operators.fill((dscale, dshift), sums.per_channel(partials))
     return outputs

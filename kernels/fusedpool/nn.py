@@ -72,10 +72,18 @@ class _ManyKinds(_Module):
     With learn_p, p holds a parameter for gem and for mixed, whichever there is, as in the modules of one kind.
     """
 
-    def _set_kinds(self, kinds: Sequence[str], p: float | Mapping[str, float] | None, learn_p: bool) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[str] = ("avg",),
+        *,
+        p: float | Mapping[str, float] | None = None,
+        learn_p: bool = False,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__()
         for kind in kinds:
             arguments.check_kind(kind)
-        self.kinds, self.learn_p = tuple(kinds), learn_p
+        self.kinds, self.learn_p, self.activation = tuple(kinds), learn_p, activation
         self.p: Any = p
         if learn_p:
             learnable = [kind for kind in kinds if KINDS[kind].learnable]
@@ -242,18 +250,6 @@ class ChannelPool(_OneKind):
 class GlobalPool2d(_ManyKinds):
     """`global_pool2d`, the kinds' results one after another in one tensor; stochastic samples in training."""
 
-    def __init__(
-        self,
-        kinds: Sequence[str] = ("avg",),
-        *,
-        p: float | Mapping[str, float] | None = None,
-        learn_p: bool = False,
-        activation: str | None = None,
-    ) -> None:
-        super().__init__()
-        self._set_kinds(kinds, p, learn_p)
-        self.activation = activation
-
     def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         """[N, C, H, W], and sizes [N, 2] of padded images -> [N, kinds * C]."""
         pooled = global_pool2d(
@@ -264,18 +260,6 @@ class GlobalPool2d(_ManyKinds):
 
 class RaggedPool(_ManyKinds):
     """`ragged_pool`, the kinds' results one after another in one tensor; stochastic samples in training."""
-
-    def __init__(
-        self,
-        kinds: Sequence[str] = ("avg",),
-        *,
-        p: float | Mapping[str, float] | None = None,
-        learn_p: bool = False,
-        activation: str | None = None,
-    ) -> None:
-        super().__init__()
-        self._set_kinds(kinds, p, learn_p)
-        self.activation = activation
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """[P, C] and int64 [N + 1] -> [N, kinds * C]."""

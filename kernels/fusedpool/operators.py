@@ -1,14 +1,15 @@
-"""What operators of several domains share: what backward keeps, shapes for tracing, the CPU path, second derivatives.
+"""What operators of several domains share: shapes, arguments of kernels, the CPU path, first and second derivatives.
 
 An operator returns (y, winner, aux, index) and its backward (dx, dscale, dshift, dparam); what is not wanted is empty,
 since an operator's schema has no optional results.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 from fusedpool import reference, runtime
 from fusedpool.kinds import KINDS
@@ -18,7 +19,6 @@ NO_WINNER: Final = 255
 """In uint8 winners: no gradient goes through this output; -1 in wider ones (windows of more than 255 cells)."""
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 _WINNERS: Final = ("max", "min", "stochastic")
 """Kinds whose output is nothing but a winner: where it is active, the activation's derivative there is known."""
@@ -34,32 +34,37 @@ def sentinel(winner: Tensor) -> int:
     return NO_WINNER if winner.dtype is torch.uint8 else -1
 
 
-def empty_outputs(
-    x: Tensor, size: tuple[int, int], taps: int, kind: str, save: bool, indices: bool, channels: int | None = None
-) -> Outputs:
-    """Uninitialised (y, winner, aux, index) for [N, channels or C, *size] over at most `taps` cells each."""
+def empty_outputs(x: Tensor, shape: Sequence[int], taps: int, kind: str, save: bool, indices: bool) -> Outputs:
+    """Uninitialised (y, winner, aux, index) [N, *shape] for maps x, over at most `taps` cells each."""
     known, acc = KINDS[kind], runtime.accumulator(x)
     winner = torch.uint8 if taps <= NO_WINNER else torch.int32
     wanted = ((True, x.dtype), (save and known.winner, winner), (save and known.aux, acc), (indices, torch.int64))
     y, winners, aux, index = (
-        runtime.empty_map(x, *size, dtype, channels) if want else x.new_empty(0, dtype=dtype) for want, dtype in wanted
+        runtime.empty_map(x, shape, dtype) if want else x.new_empty(0, dtype=dtype) for want, dtype in wanted
     )
     return y, winners, aux, index
 
 
 def empty_gradients(
-    g: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    param: Tensor | None,
-    size: Sequence[int],
-    last: bool,
-    channels: int | None = None,
+    g: Tensor, scale: Tensor | None, shift: Tensor | None, param: Tensor | None, shape: Sequence[int], last: bool
 ) -> Outputs:
-    """Uninitialised (dx, dscale, dshift, dparam); dx [N, channels or C, *size] with g's dtype, channels_last or not."""
+    """Uninitialised (dx, dscale, dshift, dparam); dx [*shape] with g's dtype, channels_last or not."""
     format = torch.channels_last if last else torch.contiguous_format
-    dx = torch.empty((g.shape[0], channels or g.shape[1], *size), dtype=g.dtype, device=g.device, memory_format=format)
-    return dx, *(g.new_empty(0) if t is None else torch.empty_like(t) for t in (scale, shift, param))  # type: ignore[return-value]
+    dx = torch.empty(tuple(shape), dtype=g.dtype, device=g.device, memory_format=format)
+    dscale, dshift, dparam = (g.new_empty(0) if t is None else torch.empty_like(t) for t in (scale, shift, param))
+    return dx, dscale, dshift, dparam
+
+
+def fill(outputs: Iterable[Tensor], results: Iterable[Tensor | None]) -> None:
+    """Copy results into the outputs that are wanted."""
+    for output, result in zip(outputs, results, strict=True):
+        if result is not None and output.numel():
+            output.copy_(result)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether backward may be asked for."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def needs_input(kind: str, activation: str, scale: Tensor | None, param: Tensor | None) -> bool:
@@ -68,17 +73,41 @@ def needs_input(kind: str, activation: str, scale: Tensor | None, param: Tensor 
     return KINDS[kind].uses_input or not linear or scale is not None or param is not None
 
 
-def save(
-    ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, param: Tensor | None, output: Sequence[Tensor]
-) -> None:
-    """Keep for backward what it needs, and no more: (x, y, winner, aux, scale, shift, param)."""
-    y, winner, aux, index = output
-    ctx.mark_non_differentiable(winner, aux, index)
-    ctx.size, ctx.last = x.shape[2:], runtime.channels_last(x)
-    keep = needs_input(ctx.kind, ctx.activation, scale, param)
-    ctx.save_for_backward(
-        x if keep else None, y if KINDS[ctx.kind].uses_input else None, winner, aux, scale, shift, param
-    )
+def dense_parameters(
+    like: Tensor, scale: Tensor | None, shift: Tensor | None, param: Tensor | None, p: float | Sequence[float]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """scale, shift and param as kernels take them: without gaps; for float64, p as a tensor, not rounded to float32."""
+    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    if param is None and like.dtype is torch.float64:
+        param = like.new_tensor(p)
+    return scale, shift, param
+
+
+def forward_constants(kind: str, activation: str, outputs: Outputs) -> dict[str, Any]:
+    """Constants of a kernel that fills outputs: what they are of, and which are wanted."""
+    y, winner, aux, index = outputs
+    return {
+        "KIND": kind,
+        "ACTIVATION": activation,
+        "SAVE_WINNER": winner.dim() == 4,
+        "SAVE_AUX": aux.dim() == 4,
+        "SAVE_INDEX": index.dim() == 4,
+        "SENTINEL": sentinel(winner),
+        "ACC": runtime.triton_type(runtime.accumulator(y)),
+    }
+
+
+def backward_constants(kind: str, activation: str, g: Tensor, winner: Tensor) -> dict[str, Any]:
+    """Constants of a kernel that goes back from g: what it is the gradient of, and what the kind has kept."""
+    known = KINDS[kind]
+    return {
+        "KIND": kind,
+        "ACTIVATION": activation,
+        "HAS_WINNER": known.winner,
+        "HAS_AUX": known.aux and not known.learnable,
+        "SENTINEL": sentinel(winner),
+        "ACC": runtime.triton_type(runtime.accumulator(g)),
+    }
 
 
 def wanted(gradients: Outputs, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -102,9 +131,7 @@ def reference_forward(
 ) -> Outputs:
     """The outputs in plain PyTorch."""
     acc = runtime.accumulator(x)
-    channels, *size = cells.output_shape(x.shape[1])
-    outputs = empty_outputs(x, (size[0], size[1]), cells.taps, kind, save, indices, channels)
-    y, winner, aux, index = outputs
+    y, winner, aux, index = outputs = empty_outputs(x, cells.output_shape(x.shape[1]), cells.taps, kind, save, indices)
     pooled = reference.forward(x.to(acc), scale, shift, param, cells, kind, p, activation, seed)
     y.copy_(pooled.y)
     if winner.dim() == 4 and pooled.winner is not None:
@@ -124,6 +151,7 @@ def reference_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     param: Tensor | None,
+    shape: Sequence[int],
     last: bool,
     cells: Domain,
     kind: str,
@@ -131,35 +159,58 @@ def reference_backward(
     activation: str,
 ) -> Outputs:
     """The gradients in plain PyTorch."""
-    channels, *size = cells.input_shape(g.shape[1])
-    outputs = empty_gradients(g, scale, shift, param, size, last, channels)
-    acc = runtime.accumulator(g)
+    outputs = empty_gradients(g, scale, shift, param, shape, last)
+    acc, won = runtime.accumulator(g), winning_taps(winner, kind)
     x = None if x is None else x.to(acc)
-    results = reference.backward(g.to(acc), x, scale, shift, param, taps(winner, kind), cells, kind, p, activation)
-    for output, result in zip(outputs, results, strict=True):
-        if result is not None:
-            output.copy_(result)
+    fill(outputs, reference.backward(g.to(acc), x, scale, shift, param, won, cells, kind, p, activation))
     return outputs
 
 
-def second_gradient(
-    saved: Sequence[Tensor | None], upstream: Sequence[Tensor], cells: Domain, kind: str, p: float, activation: str
-) -> tuple[Tensor | None, ...]:
-    """Gradients by (g, x, scale, shift, param) of a backward's results, through reference.backward.
+def register_gradients(forward: CustomOpDef, backward: CustomOpDef, domain: Callable[..., Domain]) -> None:
+    """Make one operator the gradient of another, and give it its own, and shapes for tracing.
 
     Args:
-        saved: g, x, winner, scale, shift, param.
-        upstream: by dx, dscale, dshift, dparam.
+        forward: (x, scale, shift, param, seed, *where, kind, p, activation, save, indices) -> Outputs.
+        backward: (g, x, y, winner, aux, scale, shift, param, x's shape, whether x is channels_last, *where, kind, p,
+            activation) -> those of `empty_gradients`; its tensors are what is kept, None where it is not needed.
+        domain: (x's shape, device, *where) -> the cells, for second derivatives.
     """
-    winner = saved[2]
-    assert winner is not None
 
-    def backward(
-        g: Tensor, x: Tensor | None, scale: Tensor | None, shift: Tensor | None, param: Tensor | None
-    ) -> Sequence[Tensor | None]:
-        return reference.backward(g, x, scale, shift, param, taps(winner, kind), cells, kind, p, activation)
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        x, scale, shift, param, _, *ctx.where, ctx.kind, ctx.p, ctx.activation, _, _ = inputs
+        y, winner, aux, index = output
+        ctx.mark_non_differentiable(winner, aux, index)
+        ctx.shape, ctx.last = x.shape, runtime.channels_last(x)
+        x = x if needs_input(ctx.kind, ctx.activation, scale, param) else None
+        ctx.save_for_backward(x, y if KINDS[ctx.kind].uses_input else None, winner, aux, scale, shift, param)
 
-    return differentiate(backward, (*saved[:2], *saved[3:]), upstream)
+    def gradient(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        gradients = backward(g, *saved, ctx.shape, ctx.last, *ctx.where, ctx.kind, ctx.p, ctx.activation)
+        return *wanted(gradients, *saved[-3:]), *(None,) * (len(ctx.where) + 6)
+
+    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        g, x, _, winner, _, scale, shift, param, ctx.shape, _, *ctx.where, ctx.kind, ctx.p, ctx.activation = inputs
+        ctx.save_for_backward(winner, g, x, scale, shift, param)
+
+    def second_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        winner, *inputs = ctx.saved_tensors
+        cells = domain(ctx.shape, winner.device, *ctx.where)
+
+        def first(g: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:
+            x, scale, shift, param = others
+            won = winning_taps(winner, ctx.kind)
+            return reference.backward(g, x, scale, shift, param, won, cells, ctx.kind, ctx.p, ctx.activation)
+
+        dg, dx, *others = differentiate(first, inputs, upstream)
+        return dg, dx, None, None, None, *others, *(None,) * (len(ctx.where) + 5)
+
+    @backward.register_fake
+    def _(g, x, y, winner, aux, scale, shift, param, shape, last, *_):
+        return empty_gradients(g, scale, shift, param, shape, last)
+
+    forward.register_autograd(gradient, setup_context=setup)
+    backward.register_autograd(second_gradient, setup_context=setup_backward)
 
 
 def differentiate(
@@ -182,7 +233,7 @@ def differentiate(
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 
-def taps(winner: Tensor, kind: str) -> Tensor | None:
+def winning_taps(winner: Tensor, kind: str) -> Tensor | None:
     """Saved winners as reference takes them, None for a kind that has none."""
     if not KINDS[kind].winner:
         return None

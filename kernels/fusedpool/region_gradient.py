@@ -5,8 +5,9 @@ Bytes per input element of size s: s to write, and s to read where the gradient 
 
 from fusedpool._triton import tl, triton
 from fusedpool.kinds import gradient
+from fusedpool.layout import extent, strided_offset
 from fusedpool.prologue import activate, activate_derivative, load_affine
-from fusedpool.region_kernels import SIZES, image_size, output_place, parameter_of
+from fusedpool.region_kernels import SIZES, image_size, output_place, parameter_of, tile
 
 
 @triton.jit
@@ -95,18 +96,18 @@ def backward(
     blocks = tl.cdiv(C, BC)
     part = tl.program_id(0) // blocks
     lane = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    H, W = extent(H, 1, WIDE), extent(W, UNIT, WIDE)
     if WIDE:
-        part, lane, H, W = part.to(tl.int64), lane.to(tl.int64), tl.cast(H, tl.int64), tl.cast(W, tl.int64)
-    else:
-        H, W = tl.cast(H, tl.int32), tl.cast(W, tl.int32)
-    W = W * UNIT
+        part, lane = part.to(tl.int64), lane.to(tl.int64)
     image, first = part // CHUNKS, part % CHUNKS * (STEPS * BP)
-    c = lane[None, :]
+    PIXELS: tl.constexpr = 0 if CHANNELS_LAST else 1
+    pixel, c = tile(lane, BP, CHANNELS_LAST)
+    like = (pixel * 0 + c * 0).to(ACC)
     s, t = load_affine(scale, shift, c, c < C, HAS_SCALE, HAS_SHIFT, ACC)
     height, width = image_size(image, bounds, H, W, MODE)
-    by_scale, by_shift = tl.zeros((BP, BC), ACC), tl.zeros((BP, BC), ACC)
+    by_scale, by_shift = like, like
     for step in range(tl.minimum(tl.cdiv(H * W - first, BP), STEPS)):
-        q = first + step * BP + tl.arange(0, BP)[:, None]
+        q = first + step * BP + pixel
         stored = (q < H * W) & (c < C)
         h, w = q * 0, q
         if not FLAT:
@@ -120,16 +121,13 @@ def backward(
             start, end = tl.load(bounds + sample), tl.load(bounds + sample + 1)
             inside = stored & (q >= start) & (q < end)
             mask, n = inside, tl.maximum(end - start, 1)
-        raw = tl.zeros((BP, BC), ACC)
+        raw = like
         if HAS_X:
-            if CHANNELS_LAST:
-                offset = (image * x_n + h * x_h + w * x_w) * ALIGN + c * x_inner
-            else:
-                offset = (image * x_n + c * x_c + h * x_h) * ALIGN + w * x_inner
-            raw = tl.load(x + offset, inside, 0.0).to(ACC)
+            here = strided_offset(image, c, h, w, x_n, x_c, x_h, x_w, x_inner, CHANNELS_LAST, ALIGN)
+            raw = tl.load(x + here, inside, 0.0).to(ACC)
         u = raw * s + t
         v = activate(u, ACTIVATION)
-        dv = tl.zeros((BP, BC), ACC)
+        dv = like
         for k in tl.static_range(len(KINDS)):
             p = parameter_of(param, ps, k, HAS_PARAM, ACC)
             if MODE == "grid":
@@ -154,5 +152,5 @@ def backward(
             by_shift += du
     if AFFINE_GRADIENT:
         here = sums + part.to(tl.int64) * C + lane
-        tl.store(here, tl.sum(by_scale, 0), lane < C)
-        tl.store(here + tl.cast(PARTS, tl.int64) * C, tl.sum(by_shift, 0), lane < C)
+        tl.store(here, tl.sum(by_scale, PIXELS), lane < C)
+        tl.store(here + tl.cast(PARTS, tl.int64) * C, tl.sum(by_shift, PIXELS), lane < C)

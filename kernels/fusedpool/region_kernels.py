@@ -1,8 +1,8 @@
 """Pooling over regions of any size: the forward kernels. x is read once, whatever the number of kinds.
 
-A plane is cut into parts: rectangles that no output splits, and chunks of those that are large. `_partials` reads the
-parts, a tile of [pixels, channels] at a time, into one state per part, kind and channel; `_merge` combines the parts of
-each output, in a fixed order. Where every output is one part, `_partials` finishes them itself.
+A plane is cut into parts: rectangles that no output splits, and chunks of those that are large. `partials` reads the
+parts, a tile of pixels and channels at a time, into one state per part, kind and channel; `merge` combines the parts of
+each output, in a fixed order. Where every output is one part, `partials` finishes them itself.
 
 What the parts are, by MODE:
 
@@ -21,6 +21,7 @@ from typing import Final
 
 from fusedpool._triton import tl, triton
 from fusedpool.kinds import combine, exponential, finish, finish_aux, identity, lift, reduce
+from fusedpool.layout import extent
 from fusedpool.prologue import activate, load_affine
 
 # A new image size must not compile anything: only channels, types and levels are compiled in.
@@ -125,6 +126,17 @@ def _take(
 
 
 @triton.jit
+def tile(lane, BP: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """(pixel, c) of a tile's elements: along its rows are pixels, or channels where those are innermost in memory."""
+    pixel = tl.arange(0, BP)
+    if CHANNELS_LAST:
+        pixel, c = pixel[:, None], lane[None, :]
+    else:
+        pixel, c = pixel[None, :], lane[:, None]
+    return pixel, c
+
+
+@triton.jit
 def output_place(k, sample, cell, c, N, C, CELLS, CHANNELS_LAST: tl.constexpr):
     """Where an output lies in a dense [kinds, N, C, CELLS], channels innermost or not."""
     images = k * N + sample
@@ -175,22 +187,21 @@ def partials(
     blocks = tl.cdiv(C, BC)
     part = tl.program_id(0) // blocks
     lane = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    H, W = extent(H, 1, WIDE), extent(W, UNIT, WIDE)
     if WIDE:
-        part, lane, H, W = part.to(tl.int64), lane.to(tl.int64), tl.cast(H, tl.int64), tl.cast(W, tl.int64)
-    else:
-        H, W = tl.cast(H, tl.int32), tl.cast(W, tl.int32)
-    W = W * UNIT
+        part, lane = part.to(tl.int64), lane.to(tl.int64)
     sample, top, left, width, first, end, origin = _part(
         part, bounds, table, N, H, W, RECTANGLES, COLUMNS, CHUNKS, STEPS * BP, MODE
     )
-    c = lane[None, :]
+    PIXELS: tl.constexpr = 0 if CHANNELS_LAST else 1
+    pixel, c = tile(lane, BP, CHANNELS_LAST)
     s, t = load_affine(scale, shift, c, c < C, HAS_SCALE, HAS_SHIFT, ACC)
     image = sample * 0 if MODE == "packed" else sample
     base = x + (image * x_n) * ALIGN
     plane = sample.to(tl.int64) * C + c
-    kept = _identities(tl.zeros((BP, BC), ACC), KINDS, WIDE)
+    kept = _identities((pixel * 0 + c * 0).to(ACC), KINDS, WIDE)
     for step in range(tl.minimum(tl.cdiv(tl.maximum(end - first, 0), BP), STEPS)):
-        q = first + step * BP + tl.arange(0, BP)[:, None]
+        q = first + step * BP + pixel
         valid = (q < end) & (c < C)
         if FLAT:
             h, w, place = top, q, q
@@ -205,7 +216,9 @@ def partials(
         own = (place if MODE == "grid" else q - origin).to(tl.int64)
         kept = _take(kept, v, valid, place, own, plane, seed, param, ps, KINDS, HAS_PARAM, ACC)
     for k in tl.static_range(len(KINDS)):
-        a, b, d, i = reduce(kept[4 * k], kept[4 * k + 1], kept[4 * k + 2], kept[4 * k + 3], tl.constexpr(KINDS[k]), 0)
+        a, b, d, i = reduce(
+            kept[4 * k], kept[4 * k + 1], kept[4 * k + 2], kept[4 * k + 3], tl.constexpr(KINDS[k]), PIXELS
+        )
         if FINISH:
             cell = part % RECTANGLES
             p = parameter_of(param, ps, k, HAS_PARAM, ACC)

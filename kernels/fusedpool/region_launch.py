@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedpool import operators, region_gradient, region_kernels, runtime
 from fusedpool.kinds import KINDS
 from fusedpool.operators import Outputs
-from fusedpool.runtime import pointer
+from fusedpool.runtime import pointer, present
 
 Mode = Literal["whole", "sized", "grid", "packed"]
 Levels = tuple[tuple[int, int], ...]
@@ -22,7 +22,7 @@ _STEPS: Final = 32  # tiles of a part: enough that its state weighs little, few 
 _MOST_CHUNKS: Final = 4096  # of one rectangle, which one program merges
 _PIXELS: Final = (16, 64, 256, 1024)  # of an NCHW tile: few classes of maps, each is a compilation
 _MOST_APART: Final = 64  # of one whose rows have gaps: more channels then share what finding a pixel costs
-_MERGED = (32, 32)  # parts x channels of a tile of `merge`
+_MERGED: Final = (32, 32)  # parts x channels of a tile of `merge`
 
 # Which of b, c and i a kind's state has; all have a.
 _B: Final = ("lse", "softpool", "stochastic", "stochastic_mean", "std", "mixed")
@@ -113,10 +113,7 @@ class Tiles:
 def _launch(kernel: Any, work: tuple[int, int, int], *args: Any, **constants: Any) -> None:
     """Run one program for each part and block of channels; work: parts, channels, the channels of a block."""
     parts, channels, block = work
-    programs = parts * runtime.cdiv(channels, block)
-    if programs:
-        with torch.cuda.device_of(args[0]):
-            kernel[(programs,)](*args, **constants, BC=block, num_warps=runtime.warps())
+    runtime.launch(kernel, parts * runtime.cdiv(channels, block), *args, **constants, BC=block)
 
 
 @dataclass(frozen=True)
@@ -138,11 +135,10 @@ class Map:
         """x, flat where the mode and its strides allow it."""
         n, c, h, w = x.shape
         flat = mode in ("whole", "packed") and (h == 1 or x.stride(2) == w * x.stride(3))
-        unit = 1
         if flat:
             row = h * w * x.stride(3)
             x = x.as_strided((n, c, 1, h * w), (x.stride(0), x.stride(1), row, x.stride(3)))
-            unit = 1 if last else runtime.alignment((h * w,))
+        unit = 1 if last else runtime.alignment((x.shape[3],))
         return cls(runtime.Strides.of(x, last), x.shape[2], x.shape[3] // unit, unit, flat)
 
     @property
@@ -175,8 +171,7 @@ def launch_forward(
     y, winner, aux, index = outputs
     acc, last = runtime.accumulator(x), runtime.channels_last(x)
     (_, samples, channels, cells), (height, width) = y.shape, x.shape[2:]
-    if acc is torch.float64 and param is None:
-        param = x.new_tensor(ps)  # numbers reach a kernel as float32
+    scale, shift, param = operators.dense_parameters(x, scale, shift, param, ps)
     grid = cut(height, width, levels, x.device) if mode == "grid" else None
     # How long segments are is not known here, and nothing beside one may change how it is cut.
     pixels = _PIXELS[-1] if mode == "packed" else grid.pixels if grid else height * width
@@ -197,7 +192,7 @@ def launch_forward(
         "KINDS": tuple(kinds),
         "STATES": tuple((kind in _B, kind in _C, KINDS[kind].winner) for kind in kinds),
         "MASKED": tuple(operators.masked(kind, activation) for kind in kinds),
-        "HAS_PARAM": param is not None,
+        **present(param=param),
         "SAVE_WINNER": winner.dim() == 4,
         "SAVE_AUX": aux.dim() == 4,
         "SAVE_INDEX": index.dim() == 4,
@@ -215,8 +210,7 @@ def launch_forward(
         *(rectangles, columns, tiles.chunks, tiles.steps, parts, *seen.strides.outer, seen.strides.inner, numbers),
         **constants,
         **seen.constants,
-        HAS_SCALE=scale is not None,
-        HAS_SHIFT=shift is not None,
+        **present(scale=scale, shift=shift),
         ACTIVATION=activation,
         FINISH=finish,
     )
@@ -257,8 +251,7 @@ def launch_backward(
     if param is not None:
         for k, kind in enumerate(kinds):
             dparam[k] = (g[k].to(acc) * aux[k]).sum() if KINDS[kind].learnable else 0
-    elif acc is torch.float64:
-        param = g.new_tensor(ps)
+    scale, shift, param = operators.dense_parameters(g, scale, shift, param, ps)
     affine = scale is not None or shift is not None
     if not samples:
         dx.zero_()
@@ -284,10 +277,7 @@ def launch_backward(
         NEEDS=tuple((KINDS[k].winner, KINDS[k].uses_input, KINDS[k].aux and not KINDS[k].learnable) for k in kinds),
         LEVELS=tuple((*level, int(start)) for level, start in zip(levels, starts[:-1], strict=True)),
         ACTIVATION=activation,
-        HAS_SCALE=scale is not None,
-        HAS_SHIFT=shift is not None,
-        HAS_PARAM=param is not None,
-        HAS_X=x is not None,
+        **present(scale=scale, shift=shift, param=param, x=x),
         AFFINE_GRADIENT=affine,
         G_ALIGN=g_align,
         CHANNELS_LAST=last,
@@ -296,10 +286,7 @@ def launch_backward(
         BP=tiles.pixels,
     )
     if affine:
-        by_scale, by_shift = sums.sum(1).unbind()
-        for output, total, given in ((dscale, by_scale, scale), (dshift, by_shift, shift)):
-            if given is not None:
-                output.copy_(total)
+        operators.fill((dscale, dshift), sums.sum(1).unbind())
 
 
 def _dense(saved: Tensor, last: bool) -> Tensor:

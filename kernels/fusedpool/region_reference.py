@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedpool import operators, prologue, reference
+from fusedpool import operators, prologue
 from fusedpool.kinds import KINDS
 from fusedpool.operators import Outputs
-from fusedpool.reference import Cells, Pooled
+from fusedpool.reference import Cells
 from fusedpool.region_launch import Levels, Mode, axis_bounds
+from fusedpool.taps import Pooled, draws, grad_taps, pool_taps
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ def _pool(
         n, c = taps.shape[:2]
         plane = ((part.samples.start or 0) * c + np.arange(n * c)).reshape(n, c, 1, 1)
         own = part.own()
-        e = reference.draws(seed, plane, own >> 32, own).to(taps)
-    return reference.pool_taps(kind, taps, part.valid(taps.device), None, p, e, winner)
+        e = draws(seed, plane, own >> 32, own).to(taps)
+    return pool_taps(kind, taps, part.valid(taps.device), None, p, e, winner)
 
 
 def _grad(
@@ -197,7 +198,7 @@ def _grad(
     if isinstance(part, Crop) and winner is not None and kind != "mixed":
         nothing = g.new_zeros((*g.shape, part.height * part.width))
         return nothing.scatter(-1, winner.clamp(min=0)[..., None], torch.where(winner < 0, 0, g)[..., None])
-    return reference.grad_taps(kind, g, taps, pooled, winner, part.valid(g.device), None, p)
+    return grad_taps(kind, g, taps, pooled, winner, part.valid(g.device), None, p)
 
 
 def forward(

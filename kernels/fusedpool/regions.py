@@ -1,7 +1,7 @@
 """Pooling over regions of any size: the operator behind whole maps, grids and packed images."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from fusedpool.kinds import KINDS
 from fusedpool.operators import Outputs
 from fusedpool.region_launch import Levels, Mode
 from fusedpool.region_reference import Regions
-from fusedpool.window import stochastic, wants_gradient
 
 
 def pool(
@@ -39,11 +38,11 @@ def pool(
     Returns:
         y [kinds, N, C, cells], and index of the same shape, empty unless wanted: places h * W + w.
     """
-    names = [stochastic(kind, training) for kind in arguments.check_kinds(kinds)]
+    names = [arguments.kind_in(kind, training) for kind in arguments.check_kinds(kinds)]
     name = arguments.check_prologue(x, scale, shift, activation, 1)
     numbers, param = arguments.parameters(kinds, p, x)
     seed = arguments.seed_for(x, generator) if "stochastic" in names else None
-    save = wants_gradient(x, scale, shift, param)
+    save = operators.wants_gradient(x, scale, shift, param)
     flat = [size for level in levels for size in level]
     bounds = None if bounds is None else bounds.contiguous()
     # Where a traced size may be anything, winners have room for all places.
@@ -120,32 +119,18 @@ def _regions(
     names = kinds.split(",")
     if runtime.use_triton(x):
         region_launch.launch_forward(
-            x, bounds, scale, shift, param, seed, _mode(mode), _levels(levels), names, ps, activation, outputs
+            x, bounds, scale, shift, param, seed, cast(Mode, mode), _levels(levels), names, ps, activation, outputs
         )
     else:
-        regions = Regions(_mode(mode), _levels(levels), bounds, x.shape[0], x.shape[2], x.shape[3], x.device)
+        regions = Regions(cast(Mode, mode), _levels(levels), bounds, x.shape[0], x.shape[2], x.shape[3], x.device)
         wide = x.to(runtime.accumulator(x))
         region_reference.forward(wide, scale, shift, param, seed, regions, names, ps, activation, outputs)
     return outputs
 
 
-def _mode(mode: str) -> Mode:
-    return next(known for known in get_args(Mode) if known == mode)
-
-
 @_regions.register_fake
 def _(x, bounds, scale, shift, param, seed, mode, levels, kinds, ps, activation, save, indices, far):
     return _empty_outputs(x, bounds, mode, levels, kinds, save, indices, far)
-
-
-def _empty_gradients(
-    g: Tensor, scale: Tensor | None, shift: Tensor | None, param: Tensor | None, size: Sequence[int], last: bool
-) -> Outputs:
-    """Uninitialised (dx, dscale, dshift, dparam); dx of that size with g's dtype, channels_last or not."""
-    format = torch.channels_last if last else torch.contiguous_format
-    dx = torch.empty(tuple(size), dtype=g.dtype, device=g.device, memory_format=format)
-    dscale, dshift, dparam = (g.new_empty(0) if t is None else torch.empty_like(t) for t in (scale, shift, param))
-    return dx, dscale, dshift, dparam
 
 
 @torch.library.custom_op("fusedpool::regions_backward", mutates_args=())
@@ -159,7 +144,7 @@ def _regions_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     param: Tensor | None,
-    size: Sequence[int],
+    shape: Sequence[int],
     last: bool,
     mode: str,
     levels: Sequence[int],
@@ -167,34 +152,32 @@ def _regions_backward(
     ps: Sequence[float],
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _empty_gradients(g, scale, shift, param, size, last)
+    outputs = operators.empty_gradients(g, scale, shift, param, shape, last)
     names = kinds.split(",")
     if runtime.use_triton(g):
         region_launch.launch_backward(
-            *(g, x, y, winner, aux, bounds, scale, shift, param, _mode(mode), _levels(levels), last, names, ps),
+            *(g, x, y, winner, aux, bounds, scale, shift, param, cast(Mode, mode), _levels(levels), last, names, ps),
             *(activation, outputs),
         )
         return outputs
     acc = runtime.accumulator(g)
-    regions = Regions(_mode(mode), _levels(levels), bounds, size[0], size[2], size[3], g.device)
+    regions = Regions(cast(Mode, mode), _levels(levels), bounds, shape[0], shape[2], shape[3], g.device)
     wide = None if x is None else x.to(acc)
     results = region_reference.backward(g.to(acc), wide, scale, shift, param, winner, regions, names, ps, activation)
-    for output, result in zip(outputs, results, strict=True):
-        if result is not None:
-            output.copy_(result)
+    operators.fill(outputs, results)
     return outputs
 
 
 @_regions_backward.register_fake
-def _(g, x, y, winner, aux, bounds, scale, shift, param, size, last, mode, levels, kinds, ps, activation):
-    return _empty_gradients(g, scale, shift, param, size, last)
+def _(g, x, y, winner, aux, bounds, scale, shift, param, shape, last, mode, levels, kinds, ps, activation):
+    return operators.empty_gradients(g, scale, shift, param, shape, last)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, bounds, scale, shift, param, _, *ctx.what, _, _, _ = inputs  # what: mode, levels, kinds, ps, activation
     y, winner, aux, index = output
     ctx.mark_non_differentiable(winner, aux, index)
-    ctx.size, ctx.last = x.shape, runtime.channels_last(x)
+    ctx.shape, ctx.last = x.shape, runtime.channels_last(x)
     names, activation = ctx.what[2].split(","), ctx.what[4]
     keep = any(operators.needs_input(kind, activation, scale, param) for kind in names)
     uses = any(KINDS[kind].uses_input for kind in names)
@@ -203,7 +186,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradient(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    gradients = _regions_backward(g, *saved, ctx.size, ctx.last, *ctx.what)
+    gradients = _regions_backward(g, *saved, ctx.shape, ctx.last, *ctx.what)
     dx, dscale, dshift, dparam = operators.wanted(gradients, *saved[-3:])
     return dx, None, dscale, dshift, dparam, *(None,) * 9
 
@@ -212,15 +195,15 @@ _regions.register_autograd(_gradient, setup_context=_setup)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    g, x, _, winner, _, bounds, scale, shift, param, ctx.size, _, *ctx.what = inputs
+    g, x, _, winner, _, bounds, scale, shift, param, ctx.shape, _, *ctx.what = inputs
     ctx.save_for_backward(g, x, scale, shift, param, winner, bounds)
 
 
 def _second_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     *inputs, winner, bounds = ctx.saved_tensors
     mode, levels, kinds, ps, activation = ctx.what
-    n, _, height, width = ctx.size
-    regions = Regions(_mode(mode), _levels(levels), bounds, n, height, width, upstream[0].device)
+    n, _, height, width = ctx.shape
+    regions = Regions(cast(Mode, mode), _levels(levels), bounds, n, height, width, upstream[0].device)
 
     def first(
         g: Tensor, x: Tensor | None, scale: Tensor | None, shift: Tensor | None, param: Tensor | None

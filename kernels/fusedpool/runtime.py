@@ -1,7 +1,7 @@
 """Which path runs an operator, how tensors lie in memory, and how many programs a kernel takes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
@@ -44,12 +44,10 @@ def channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
 
 
-def empty_map(
-    like: Tensor, height: int, width: int, dtype: torch.dtype | None = None, channels: int | None = None
-) -> Tensor:
-    """An uninitialised dense [N, channels or C, height, width] in the memory format of `like`."""
+def empty_map(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised dense [N, *shape] for the images of `like`, in its memory format."""
     return torch.empty(
-        (like.shape[0], channels or like.shape[1], height, width),
+        (like.shape[0], *shape),
         dtype=dtype or like.dtype,
         device=like.device,
         memory_format=torch.channels_last if channels_last(like) else torch.contiguous_format,
@@ -114,12 +112,22 @@ class Strides:
     align: int
 
     @classmethod
-    def of(cls, x: Tensor, last: bool | None = None) -> Self:
-        """Those of x [N, C, H, W]; last: as channels_last or not, instead of as it lies."""
+    def of(cls, x: Tensor, last: bool | None = None, vectors: bool = True) -> Self:
+        """Those of x [N, C, H, W].
+
+        Args:
+            last: as channels_last or not, instead of as it lies.
+            vectors: whether loads can be wide; where they cannot, an alignment is nothing to compile for.
+        """
         last = channels_last(x) if last is None else last
         n, c, h, w = x.stride()
-        align = alignment((n, h, w) if last else (n, c, h))
+        align = alignment((n, h, w) if last else (n, c, h)) if vectors else 1
         return cls((n // align, c // align, h // align, w // align), c if last else w, align)
+
+
+def line_block(width: int) -> int:
+    """The columns of a tile for NCHW: few classes of lines, not their length, since each is a compilation."""
+    return next((size for size in (8, 16, 32, 64) if width <= size), 128)
 
 
 @dataclass(frozen=True)
@@ -144,9 +152,13 @@ class Tile:
         if channels_last(like) if last is None else last:
             block = min(128, 1 << (c - 1).bit_length())
             return cls(True, c, n, n * height * width, c, _ELEMENTS // block, block)
-        # Few classes of lines, not their length: each is a compilation.
-        block = next((size for size in (8, 32) if width <= size), 128)
+        block = line_block(width)
         return cls(False, c, n, n * c * height, width, _ELEMENTS // block, block)
+
+    @property
+    def align(self) -> int:
+        """In units of which kernels take the columns of NCHW."""
+        return 1 if self.last else alignment((self.columns,))
 
     @property
     def partials(self) -> tuple[int, int]:
@@ -165,16 +177,19 @@ class Tile:
     def launch(self, kernel: Any, *args: Any, **constants: Any) -> None:
         """Run one program for each block."""
         programs = cdiv(self.rows, self.block_rows) * cdiv(self.columns, self.block_columns)
-        if programs:
-            with torch.cuda.device_of(args[0]):
-                kernel[(programs,)](
-                    *args,
-                    **constants,
-                    CHANNELS_LAST=self.last,
-                    BR=self.block_rows,
-                    BC=self.block_columns,
-                    num_warps=warps(),
-                )
+        launch(kernel, programs, *args, **constants, **self.constants)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Of a kernel that works on such blocks."""
+        return {"CHANNELS_LAST": self.last, "BR": self.block_rows, "BC": self.block_columns}
+
+
+def launch(kernel: Any, programs: int, *args: Any, num_warps: int | None = None, **constants: Any) -> None:
+    """Run so many programs where the first argument is."""
+    if programs:
+        with torch.cuda.device_of(args[0]):
+            kernel[(programs,)](*args, **constants, num_warps=num_warps or warps())
 
 
 def pointer(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedpool import arguments, cells, operators, reference, runtime
+from fusedpool import arguments, cells, operators, runtime
 from fusedpool.arguments import IntPair, Window
+from fusedpool.reference import Cells, window_cells
 
 
 def pool2d(
@@ -51,27 +52,15 @@ def pool2d(
         ValueError: an argument is wrong; the message names it.
     """
     arguments.check_map(x)
-    kind = stochastic(kind, training)
-    arguments.check_kind(kind)
+    kind = arguments.kind_in(kind, training)
     window = arguments.window(x, kernel_size, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override)
     name = arguments.check_prologue(x, scale, shift, activation, 1)
     number, param = arguments.parameter(kind, p, x)
-    if return_indices and kind not in ("max", "min"):
-        raise ValueError(f"return_indices is True; only max and min have indices, not {kind}")
+    arguments.check_indices(kind, return_indices)
     seed = arguments.seed_for(x, generator) if kind == "stochastic" else None
-    save = wants_gradient(x, scale, shift, param)
+    save = operators.wants_gradient(x, scale, shift, param)
     y, _, _, index = _window(x, scale, shift, param, seed, window.to_ints(), kind, number, name, save, return_indices)
     return (y, index) if return_indices else y
-
-
-def stochastic(kind: str, training: bool) -> str:
-    """The kind that a user's kind stands for."""
-    return "stochastic_mean" if kind == "stochastic" and not training else kind
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether backward may be asked for."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @torch.library.custom_op("fusedpool::window", mutates_args=())
@@ -88,18 +77,19 @@ def _window(
     save: bool,
     indices: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w = Window.from_ints(window)
-    size = w.output_size(x.shape[2], x.shape[3])
     if runtime.use_triton(x):
+        w = Window.from_ints(window)
+        size = w.output_size(x.shape[2], x.shape[3])
         return cells.launch_forward(x, scale, shift, param, seed, (), w, size, kind, p, activation, save, indices)
-    places = reference.window_cells(w, x.shape[2], x.shape[3], x.device)
+    places = _places(x.shape, x.device, window)
     return operators.reference_forward(x, scale, shift, param, seed, places, kind, p, activation, save, indices)
 
 
 @_window.register_fake
 def _(x, scale, shift, param, seed, window, kind, p, activation, save, indices):
     w = Window.from_ints(window)
-    return operators.empty_outputs(x, w.output_size(x.shape[2], x.shape[3]), w.taps, kind, save, indices)
+    shape = (x.shape[1], *w.output_size(x.shape[2], x.shape[3]))
+    return operators.empty_outputs(x, shape, w.taps, kind, save, indices)
 
 
 @torch.library.custom_op("fusedpool::window_backward", mutates_args=())
@@ -112,52 +102,24 @@ def _window_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     param: Tensor | None,
-    size: Sequence[int],
+    shape: Sequence[int],
     last: bool,
     window: Sequence[int],
     kind: str,
     p: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w = Window.from_ints(window)
-    if not runtime.use_triton(g):
-        places = reference.window_cells(w, size[0], size[1], g.device)
-        return operators.reference_backward(g, x, winner, scale, shift, param, last, places, kind, p, activation)
-    return cells.launch_backward(
-        g, x, y, winner, aux, scale, shift, param, (), w, w.overlap, size, last, kind, p, activation
-    )
+    if runtime.use_triton(g):
+        w = Window.from_ints(window)
+        return cells.launch_backward(
+            g, x, y, winner, aux, scale, shift, param, (), w, w.overlap, shape, last, kind, p, activation
+        )
+    places = _places(shape, g.device, window)
+    return operators.reference_backward(g, x, winner, scale, shift, param, shape, last, places, kind, p, activation)
 
 
-@_window_backward.register_fake
-def _(g, x, y, winner, aux, scale, shift, param, size, last, window, kind, p, activation):
-    return operators.empty_gradients(g, scale, shift, param, size, last)
+def _places(shape: Sequence[int], device: torch.device, window: Sequence[int]) -> Cells:
+    return window_cells(Window.from_ints(window), shape[2], shape[3], device)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, scale, shift, param, _, ctx.window, ctx.kind, ctx.p, ctx.activation, _, _ = inputs
-    operators.save(ctx, x, scale, shift, param, output)
-
-
-def _gradient(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    gradients = _window_backward(g, *saved, ctx.size, ctx.last, ctx.window, ctx.kind, ctx.p, ctx.activation)
-    return *operators.wanted(gradients, *saved[-3:]), *(None,) * 7
-
-
-_window.register_autograd(_gradient, setup_context=_setup)
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    g, x, _, winner, _, scale, shift, param, ctx.size, _, ctx.window, ctx.kind, ctx.p, ctx.activation = inputs
-    ctx.save_for_backward(g, x, winner, scale, shift, param)
-
-
-def _second_gradient(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    places = reference.window_cells(Window.from_ints(ctx.window), ctx.size[0], ctx.size[1], gradients[0].device)
-    dg, dx, dscale, dshift, dparam = operators.second_gradient(
-        ctx.saved_tensors, gradients, places, ctx.kind, ctx.p, ctx.activation
-    )
-    return dg, dx, None, None, None, dscale, dshift, dparam, *(None,) * 6
-
-
-_window_backward.register_autograd(_second_gradient, setup_context=_setup_backward)
+operators.register_gradients(_window, _window_backward, _places)

@@ -136,7 +136,8 @@ def main(answer: str, request: str) -> None:
             with captured(target) as launches:
                 launching.launch(calls[name], layout, tuple(size))
             for launch in {(launch.kernel, launch.key): launch for launch in launches}.values():
-                row = {"target": target, "call": name, "layout": layout, "kernel": launch.kernel, "key": launch.key}
+                row = {"target": target, "call": name, "layout": layout, "size": size}
+                row |= {"kernel": launch.kernel, "key": launch.key}
                 found.append({**row, **(_compiled(launch, target) if job["compile"] else {})})
     Path(answer).write_text(json.dumps({"kernels": sorted(kernels()), "launches": found}))
 

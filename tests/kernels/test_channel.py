@@ -217,7 +217,7 @@ def test_the_operators_are_registered_well(device: torch.device, kind: str, layo
         last = layout == "channels_last"
         torch.library.opcheck(
             torch.ops.fusedpool.channel_backward.default,
-            (torch.ones_like(y), x, y, winner, aux, scale, None, None, 6, last, kind, 0.5, "relu"),
+            (torch.ones_like(y), x, y, winner, aux, scale, None, None, x.shape, last, number, kind, 0.5, "relu"),
         )
 
 

@@ -77,6 +77,24 @@ def test_dtypes(device: torch.device, kind: str, dtype: torch.dtype) -> None:
     compare(inputs(device, dtype=dtype), "silu", kind)
 
 
+def test_a_bias_may_be_a_view(device: torch.device) -> None:
+    x, weight, bias = inputs(device)
+    results = []
+    for view in (bias.detach()[::2], bias.detach()[::2].contiguous()):
+        found = pooled([x, weight[: len(view)], view.requires_grad_()], "silu")
+        results.append([found, *torch.autograd.grad(found.sum(), (x, view))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "p"), [("gem", 2.7), ("lp", 1.3), ("lse", 0.1), ("mixed", 0.3)])
+def test_a_number_p_is_not_rounded_to_float32(device: torch.device, kind: str, p: float) -> None:
+    tensors = inputs(device, dtype=torch.float64)
+    found, wanted = pooled(tensors, "silu", kind, p), expected(tensors, "silu", kind, p)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    gradients = (torch.autograd.grad(y.sum(), tensors) for y in (found, wanted))
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_blocks_of_channels_pixels_and_splits(device: torch.device, last: bool) -> None:
     x, weight, bias = inputs(device, (1, 70, 31, 17), 66)

@@ -225,7 +225,7 @@ def test_the_operators_are_registered_well(device: torch.device, kind: str, indi
     saved = [t.detach() for t in (y, winner, aux)]
     torch.library.opcheck(
         torch.ops.fusedpool.fractional_backward.default,
-        (torch.ones_like(y), x, *saved, scale, None, None, *tables, [4, 4], False, [2, 2], kind, 0.5, "relu"),
+        (torch.ones_like(y), x, *saved, scale, None, None, x.shape, False, *tables, [2, 2], kind, 0.5, "relu"),
     )
 
 

@@ -121,6 +121,7 @@ def test_wrong_arguments_are_named() -> None:
     for call, words in (
         (lambda: adaptive_pool2d(x, 0), "output_size"),
         (lambda: adaptive_pool2d(x, (1, 2, 3)), "output_size"),
+        (lambda: adaptive_pool2d(x, (2.5, None)), r"output_size is \(2.5, None\)"),  # type: ignore[arg-type]
         (lambda: adaptive_pool2d(x, 2, "avg", return_indices=True), "return_indices"),
         (lambda: adaptive_pool2d(x, 2, "median"), "kind is 'median'"),
         (lambda: pyramid_pool2d(x, ()), "levels"),

@@ -55,6 +55,17 @@ def test_low_precision_accumulates_in_float32(device: torch.device, dtype: torch
     assert global_pool2d(ones, ("sum",))[0].item() == 3072
 
 
+def test_scale_and_shift_may_be_views(device: torch.device) -> None:
+    x, kinds = cases.random(2, 3, 4, 3).to(device), ("avg", "max")
+    views = cases.random(6, seed=1).to(device)[::2], cases.random(1, seed=2).to(device).expand(3)
+    results = []
+    for scale, shift in (views, [t.contiguous() for t in views]):
+        inputs = [scale.requires_grad_(), shift.requires_grad_()]
+        found = global_pool2d(x, kinds, scale=scale, shift=shift, activation="silu")
+        results.append([*found, *cases.gradients(found, inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
 def test_many_parts_many_steps(kernel_device: torch.device, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cases.tiny_tiles(monkeypatch)

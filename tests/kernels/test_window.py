@@ -12,7 +12,17 @@ from torch.nn import functional as F
 
 from fusedpool import cells, pool2d, runtime
 from tests.kernels import formulas
-from tests.kernels.window_cases import CASES, LAYOUTS, MEANINGFUL, expected_of, laid_out, random_map, tensors_for
+from tests.kernels.window_cases import (
+    CASES,
+    LAYOUTS,
+    MEANINGFUL,
+    expected_of,
+    fits,
+    geometries,
+    laid_out,
+    random_map,
+    tensors_for,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -20,34 +30,11 @@ _FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(Healt
 _MANY = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@st.composite
-def geometries(draw: st.DrawFn, dilated: bool = True) -> dict[str, Any]:
-    """Legal arguments of a window, whether or not it fits."""
-    kernel = draw(st.tuples(*[st.integers(1, 4)] * 2))
-    dilation = draw(st.tuples(*[st.integers(1, 3)] * 2)) if dilated else (1, 1)
-    padding = tuple(draw(st.integers(0, ((k - 1) * d + 1) // 2)) for k, d in zip(kernel, dilation, strict=True))
-    stride = draw(st.none() | st.tuples(*[st.integers(1, 4)] * 2))
-    return {
-        "kernel_size": kernel,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "ceil_mode": draw(st.booleans()),
-    }
-
-
-sizes = st.tuples(st.integers(0, 2), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
+# Rows of 16 and 8 are read and written in units, others one by one.
+widths = st.integers(1, 9) | st.just(16)
+sizes = st.tuples(st.integers(0, 2), st.integers(1, 4), st.integers(1, 9), widths)
 layouts = st.sampled_from(LAYOUTS[:-1])
 halves = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
-
-
-def fits(x: Tensor, **geometry: Any) -> bool:
-    """PyTorch's opinion."""
-    try:
-        F.max_pool2d(x, **geometry)
-    except RuntimeError:
-        return False
-    return True
 
 
 @_MANY

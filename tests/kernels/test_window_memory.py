@@ -82,7 +82,7 @@ def test_winners_of_small_and_large_windows(device: torch.device, kernel: tuple[
 
 def test_winners_are_bytes_up_to_255_cells() -> None:
     for taps, dtype in ((255, torch.uint8), (256, torch.int32)):
-        _, winner, _, _ = operators.empty_outputs(torch.empty(1, 1, 1, 1), (1, 1), taps, "max", True, False)
+        _, winner, _, _ = operators.empty_outputs(torch.empty(1, 1, 1, 1), (1, 1, 1), taps, "max", True, False)
         assert winner.dtype is dtype
 
 

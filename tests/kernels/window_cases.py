@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from fusedpool.kinds import KINDS
 from tests.kernels import formulas
@@ -48,6 +50,31 @@ CASES: dict[str, dict[str, Any]] = {
     "overridden": {"kernel_size": (3, 2), "stride": (1, 2), "divisor_override": 7},
     "larger": {"kernel_size": (9, 3), "stride": (2, 2), "padding": (4, 1), "ceil_mode": True},
 }
+
+
+@st.composite
+def geometries(draw: st.DrawFn, dilated: bool = True) -> dict[str, Any]:
+    """Legal arguments of a window, whether or not it fits."""
+    kernel = draw(st.tuples(*[st.integers(1, 4)] * 2))
+    dilation = draw(st.tuples(*[st.integers(1, 3)] * 2)) if dilated else (1, 1)
+    padding = tuple(draw(st.integers(0, ((k - 1) * d + 1) // 2)) for k, d in zip(kernel, dilation, strict=True))
+    stride = draw(st.none() | st.tuples(*[st.integers(1, 4)] * 2))
+    return {
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "ceil_mode": draw(st.booleans()),
+    }
+
+
+def fits(x: Tensor, **geometry: Any) -> bool:
+    """PyTorch's opinion."""
+    try:
+        F.max_pool2d(x, **geometry)
+    except RuntimeError:
+        return False
+    return True
 
 
 def expected_of(x: Tensor, kind: str, geometry: dict[str, Any], activation: str, tensors: dict[str, Tensor]) -> Tensor:
