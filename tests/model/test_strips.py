@@ -45,7 +45,7 @@ WINDOWS = st.lists(
         st.sampled_from(["Conv", "MaxPool", "AveragePool"]),
         st.integers(1, 5),  # kernel
         st.integers(1, 3),  # stride
-        st.integers(1, 2),  # dilation
+        st.integers(1, 4),  # dilation
         st.integers(0, 2),  # padding above
         st.integers(0, 2),  # and below
         st.booleans(),  # joined with a branch that sees other rows

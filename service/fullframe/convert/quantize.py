@@ -23,6 +23,7 @@ from fullframe.files import write_atomically
 from fullframe.image import Pixels
 from fullframe.model.contract import FLOAT32, INPUT, INT8, OPTIONAL_OUTPUTS, OUTPUTS, Contract
 from fullframe.model.geometry import graph_geometry
+from fullframe.model.graphs import ancestors
 
 _OUTPUT: Final = "feature_map"
 # What ONNX Runtime computes on integers without a detour through floats.
@@ -86,26 +87,17 @@ def quantize(model: Path, output: Path, images: Iterable[Pixels]) -> Contract:
 
 def _between_convolutions(graph: onnx.GraphProto) -> list[str]:
     """The convolutions before the feature map and whatever has one of them downstream; raises InvalidModel."""
-    before = _ancestors(graph, {_OUTPUT})
+    before = ancestors(graph, {_OUTPUT})
     convolutions = {node.output[0] for node in graph.node if node.op_type == "Conv" and node.output[0] in before}
     if not convolutions:
         raise InvalidModel("the graph has no convolution before its feature map, so there is nothing to quantise")
     names: list[str] = []
-    upstream = _ancestors(graph, convolutions)
+    upstream = ancestors(graph, convolutions)
     for number, node in enumerate(graph.node):
         node.name = node.name or f"node_{number}"
         if not upstream.isdisjoint(node.output):
             names.append(node.name)
     return names
-
-
-def _ancestors(graph: onnx.GraphProto, names: set[str]) -> set[str]:
-    """The tensors and all those they are computed from."""
-    found = set(names)
-    for node in reversed(graph.node):
-        if not found.isdisjoint(node.output):
-            found.update(node.input)
-    return found
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]  # untyped

@@ -18,6 +18,7 @@ from onnx import helper, numpy_helper
 from fullframe.errors import InvalidModel
 from fullframe.model.contract import INPUT
 from fullframe.model.geometry import OUTPUT, Geometry, GraphGeometry, TensorGeometry, graph_geometry
+from fullframe.model.graphs import ancestors
 
 Place = Literal["first", "middle", "last"]
 _PLACES: Final[tuple[Place, ...]] = ("first", "middle", "last")
@@ -89,7 +90,7 @@ class _Cutter:
         self._dequantized: dict[str, onnx.NodeProto] = {}
         self.lags = {INPUT: 0}
         self.carries, self.least = 0, 1
-        needed = _ancestors(model.graph, outputs)
+        needed = ancestors(model.graph, outputs)
         for node in model.graph.node:
             if not needed.isdisjoint(node.output):
                 self._visit(deepcopy(node))
@@ -136,9 +137,10 @@ class _Cutter:
         if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
             raise InvalidModel(f"can't be computed in strips: {_title(node)} has auto_pad; write its padding out")
         pads = list(attributes.get("pads", [0, 0, 0, 0]))
+        extent = (kernel[0] - 1) * dilation + 1
         # A window shorter than its stride waits for all the rows that it steps over.
-        extent = max((kernel[0] - 1) * dilation + 1, stride)
-        lag: int = -((pads[0] - self.lags[source] - extent) // stride) - 1
+        reach = max(extent, stride)
+        lag: int = -((pads[0] - self.lags[source] - reach) // stride) - 1
         jump = int(self._maps[node.output[0]].jump[0])
         self.least = max(self.least, jump * (lag + max(1, -(-pads[0] // stride))))
         before = pads[0] if self._place == "first" else 0
@@ -150,18 +152,18 @@ class _Cutter:
         axis = _row_axis(self._maps[stored])
         rows = self._with_carry(stored, axis)
         if self._place != "last":
-            used = self._used(rows, axis, before, extent, stride)
+            used = self._used(rows, axis, before, reach, stride)
             self._rest(rows, stored, axis, used)
-            if kernel[0] < stride:
+            if extent < stride:
                 rows = self._add("Slice", [rows, self._number(0), used, self._number(axis)])
         node.input[0] = self._restored(rows, source)
         self._nodes.append(node)
         return lag
 
-    def _used(self, rows: str, axis: int, before: int, extent: int, stride: int) -> str:
+    def _used(self, rows: str, axis: int, before: int, reach: int, stride: int) -> str:
         """How many of the rows no later window sees: those that as many windows as fit step over."""
         windows = self._add("Shape", [rows], start=axis, end=axis + 1)
-        if slack := extent - before - stride:
+        if slack := reach - before - stride:
             windows = self._add("Sub", [windows, self._number(slack)])
         windows = self._add("Div", [windows, self._number(stride)])
         used = self._add("Mul", [windows, self._number(stride)])
@@ -198,8 +200,10 @@ class _Cutter:
     def _restored(self, rows: str, name: str) -> str:
         """Rows of `_stored(name)` as rows of the map itself."""
         made_by = self._dequantized.get(name)
-        if made_by is None or rows == made_by.input[0]:
-            return name if made_by is not None else rows
+        if made_by is None:
+            return rows
+        if rows == made_by.input[0]:
+            return name
         again = deepcopy(made_by)
         again.input[0], again.output[0], again.name = rows, f"{rows}.floats", ""
         self._nodes.append(again)
@@ -235,14 +239,6 @@ class _Cutter:
         output = output or f"cut.{len(self._nodes)}"
         self._nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
-
-
-def _ancestors(graph: onnx.GraphProto, names: Sequence[str]) -> set[str]:
-    found = set(names)
-    for node in reversed(graph.node):
-        if not found.isdisjoint(node.output):
-            found.update(filter(None, node.input))
-    return found
 
 
 def _row_axis(tensor: TensorGeometry) -> int:
