@@ -100,7 +100,7 @@ def test_the_card_s_figures_are_the_file_s(run: Path, shapes: Path) -> None:
     by_size = accuracy_by_size(model, held_out, contract.labels, (0, 16, 32))
     assert accuracy["by_size"] == {str(size): value for size, value in by_size.items()}
     assert by_size[0] > 0.9
-    assert f"| accuracy, % | {' | '.join(f'{100 * value:.2f}' for value in by_size.values())} |" in card
+    assert f"| float32 | {' | '.join(f'{100 * value:.2f}' for value in by_size.values())} |" in card
     for words in (
         f"{contract.training['parameters']:,}",
         f"{contract.training['multiply_adds_per_pixel']:,} per pixel",
