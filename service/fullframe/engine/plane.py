@@ -206,9 +206,10 @@ def _answer_in_pieces(model: Served, picture: Picture, query: Query, turn: Turn)
     model.engine.check_size(picture.height, picture.width)
     worked = decoded = 0.0
     started = time.monotonic()
+    # Before the file is opened: some are decoded whole then.
+    tiler = model.tiler
+    merging = Merging(query, model.contract, tiler.map_size(picture.height, picture.width))
     with picture.regions() as regions:
-        tiler = model.tiler
-        merging = Merging(query, model.contract, tiler.map_size(regions.height, regions.width))
         for piece in tiler.pieces(regions, merging.outputs):
             merging.add(piece)
             decoded += piece.read_seconds

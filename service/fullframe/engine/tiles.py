@@ -74,9 +74,8 @@ class Tiler:
     def pieces(self, regions: Regions, outputs: Sequence[str]) -> Iterator[Piece]:
         """Compute "feature_map", "class_map" or both, each cell once, in the order that the source can be read in.
 
-        Raises InvalidInput for an image that is too small or damaged.
+        Raises InvalidInput for an image that is damaged; `map_size` tells whether it is large enough.
         """
-        self._engine.check_size(regions.height, regions.width)
         bands = list(self.bands(regions.width))
         rows = self.rows(regions.height, max(band.right - band.left for band in bands))
         strips = list(pairwise(rows))

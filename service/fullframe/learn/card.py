@@ -70,20 +70,22 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
+def _shares(heading: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of percentages by size; the first row has all sizes."""
+    sizes = next(iter(rows.values()))
+    lines = [f"| {heading} | {' | '.join(map(_side, sizes))} |", f"|---|{'---|' * len(sizes)}"]
+    lines += [f"| {name} | {' | '.join(f'{100 * each:.2f}' for each in row.values())} |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
 def _accuracy(facts: Any) -> str:
     if "accuracy" not in facts:
         return ""
     measured = facts["accuracy"]
-    sizes = measured["by_size"]
-    rows = {"float32": sizes} | ({"int8": facts["int8"]["by_size"]} if "int8" in facts else {})
+    rows = {"float32": measured["by_size"]} | ({"int8": facts["int8"]["by_size"]} if "int8" in facts else {})
     return (
         f"## Accuracy\n\nTop-1 on {measured['images']:,} images not trained on, shorter side resized bicubically, "
-        "nothing cropped, measured on the files with ONNX Runtime.\n\n"
-        f"| shorter side, % right | {' | '.join(_side(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
-        + "\n".join(
-            f"| {name} | {' | '.join(f'{100 * value:.2f}' for value in found.values())} |"
-            for name, found in rows.items()
-        )
+        "nothing cropped, measured on the files with ONNX Runtime.\n\n" + _shares("shorter side, % right", rows)
     )
 
 
@@ -102,16 +104,10 @@ def _neighbours(facts: Mapping[str, Any]) -> str:
     if "neighbours" not in facts:
         return ""
     found = facts["neighbours"]
-    by_pooling = found["by_pooling"]
-    sizes = list(next(iter(by_pooling.values())))
     return (
         f"## Features\n\nHow often most of the {found['k']} training images nearest by cosine are of an image's class, "
         f"the {found['bank']:,} training images at their own size, the others resized.\n\n"
-        f"| pooling, % | {' | '.join(_side(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
-        + "\n".join(
-            f"| {pooling} | {' | '.join(f'{100 * value:.2f}' for value in values.values())} |"
-            for pooling, values in by_pooling.items()
-        )
+        + _shares("pooling, %", found["by_pooling"])
     )
 
 
