@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fullframe.errors import InvalidInput
-from fullframe.learn.augment import random_crop
+from fullframe.learn.augment import cut_mix, random_crop
 from fullframe.learn.settings import Augmentation
 
 
@@ -74,3 +74,23 @@ def test_a_bad_setting_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(InvalidInput) as caught:
         Augmentation(**change)  # type: ignore[arg-type]
     assert caught.value.field in change
+
+
+@given(st.integers(2, 9), st.integers(1, 40), st.integers(1, 40), st.integers(0, 999))
+@settings(max_examples=100, deadline=None)
+def test_mixed_images_hold_a_rectangle_of_another_and_know_how_much(
+    count: int, height: int, width: int, seed: int
+) -> None:
+    grey = torch.arange(count).view(-1, 1, 1, 1).expand(count, 3, height, width)
+    mixed, other, share = cut_mix(grey, np.random.default_rng(seed))
+    for index, image in enumerate(mixed):
+        foreign = (image != index).any(0)
+        if other[index] == index:
+            assert not foreign.any()
+            continue
+        assert share[index] == pytest.approx(1 - foreign.float().mean().item())
+        assert (image[:, foreign] == other[index]).all()
+        rows, columns = foreign.any(1), foreign.any(0)
+        assert torch.equal(foreign, rows[:, None] & columns), "it is a rectangle"
+        assert all((line.int().diff() != 0).sum() <= 2 for line in (rows, columns)), "in one piece"
+    assert sorted(other.tolist()) == list(range(count))

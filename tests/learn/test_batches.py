@@ -1,10 +1,18 @@
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from fullframe.learn.batches import VALIDATION_PIXELS, Batch, epoch_plan, training_batches, validation_batches
+from fullframe.learn.batches import (
+    VALIDATION_PIXELS,
+    Batch,
+    TrainingBatch,
+    epoch_plan,
+    training_batches,
+    validation_batches,
+)
 from fullframe.learn.data import Image
 from fullframe.learn.settings import Augmentation, Recipe
 
@@ -19,11 +27,11 @@ def images() -> list[Image]:
     return [Image(str(i), b"", i, np.full((h, w, 3), i, np.uint8)) for i, (h, w) in enumerate(sizes)]
 
 
-def epoch_of(images: list[Image], recipe: Recipe, epoch: int, first: int = 0) -> list[Batch]:
+def epoch_of(images: list[Image], recipe: Recipe, epoch: int, first: int = 0) -> list[TrainingBatch]:
     return list(training_batches(images, epoch_plan(len(images), recipe, epoch), recipe, epoch, first))
 
 
-def same(a: list[Batch], b: list[Batch]) -> bool:
+def same(a: Sequence[Batch | TrainingBatch], b: Sequence[Batch | TrainingBatch]) -> bool:
     return len(a) == len(b) and all(
         torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)
     )
@@ -32,12 +40,26 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 def test_an_epoch_shows_each_image_once_at_one_size_a_batch(images: list[Image]) -> None:
     batches = epoch_of(images, RECIPE, 0)
     assert len(batches) == 6
-    labels = torch.cat([labels for _, labels in batches])
+    labels = torch.cat([batch.labels for batch in batches])
     assert len(set(labels.tolist())) == 48
-    assert len({pixels.shape[2:] for pixels, _ in batches}) > 1
-    for pixels, grey in batches:
+    assert len({batch.images.shape[2:] for batch in batches}) > 1
+    for pixels, grey, *_ in batches:
         assert pixels.shape[2] == pixels.shape[3] in RECIPE.augmentation.sizes
         assert (pixels == grey.view(-1, 1, 1, 1)).all(), "labels follow their images"
+
+
+def test_mixed_batches_know_whose_rectangle_each_image_got(images: list[Image]) -> None:
+    recipe = replace(RECIPE, augmentation=replace(RECIPE.augmentation, cut_mix=1))
+    for batch in epoch_of(images, recipe, 0):
+        grey = batch.images[:, 0].flatten(1)
+        own, other = grey == batch.labels[:, None], grey == batch.others[:, None]
+        assert (own | other).all()
+        alone = batch.labels == batch.others
+        assert torch.allclose(own.float().mean(1)[~alone], batch.share[~alone])
+    half = replace(RECIPE, augmentation=replace(RECIPE.augmentation, cut_mix=0.5))
+    mixed = [bool((batch.share < 1).any()) for epoch in range(5) for batch in epoch_of(images, half, epoch)]
+    assert 0 < sum(mixed) < len(mixed)
+    assert all((batch.share == 1).all() for batch in epoch_of(images, RECIPE, 0))
 
 
 def test_an_epoch_can_be_taken_up_anywhere(images: list[Image]) -> None:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fullframe.learn.augment import random_crop
+from fullframe.learn.augment import cut_mix, random_crop
 from fullframe.learn.data import Image
 from fullframe.learn.settings import Recipe
 
@@ -18,6 +19,18 @@ VALIDATION_PIXELS = 1 << 20
 
 Batch = tuple[Tensor, Tensor]
 """uint8 [N, 3, H, W] and int64 labels [N]."""
+
+
+class TrainingBatch(NamedTuple):
+    """What a step learns from: `share` of each picture shows an image of class `labels`, the rest one of `others`.
+
+    uint8 [N, 3, H, W], int64 [N], int64 [N], float32 [N].
+    """
+
+    images: Tensor
+    labels: Tensor
+    others: Tensor
+    share: Tensor
 
 
 Plan = list[tuple[int, NDArray[np.int64]]]
@@ -45,18 +58,22 @@ def epoch_plan(count: int, recipe: Recipe, epoch: int) -> Plan:
 
 def training_batches(
     images: Sequence[Image], plan: Plan, recipe: Recipe, epoch: int, first: int = 0
-) -> Iterator[Batch]:
+) -> Iterator[TrainingBatch]:
     """The plan's batches from the one numbered `first`, each prepared while its predecessor is worked on.
 
     They depend on (seed, epoch, number) alone, so an epoch can be taken up anywhere.
     """
 
-    def prepare(number: int) -> Batch:
+    def prepare(number: int) -> TrainingBatch:
         rng = np.random.default_rng((recipe.seed, epoch, number + 1))  # with a 0 it would be the plan's generator
         side, indices = plan[number]
         chosen = [images[index] for index in indices]
-        crops = [random_crop(image.pixels(), side, recipe.augmentation, rng) for image in chosen]
-        return torch.stack(crops), torch.tensor([image.label for image in chosen])
+        crops = torch.stack([random_crop(image.pixels(), side, recipe.augmentation, rng) for image in chosen])
+        labels = torch.tensor([image.label for image in chosen])
+        if rng.random() >= recipe.augmentation.cut_mix:
+            return TrainingBatch(crops, labels, labels, torch.ones(len(labels)))
+        mixed, other, share = cut_mix(crops, rng)
+        return TrainingBatch(mixed, labels, labels[other], share)
 
     with ThreadPoolExecutor(1) as worker:
         upcoming = worker.submit(prepare, first) if first < len(plan) else None

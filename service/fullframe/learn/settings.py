@@ -99,6 +99,7 @@ class Augmentation:
     reach: float = _setting(0.125, "Share of its side that a crop may pass the border, filled by reflection.")
     whole: float = _setting(0.5, "Share of the images that keep their scale and are only moved by whole pixels.")
     flip: float = _setting(0.5, "Share of the images mirrored left to right.")
+    cut_mix: float = _setting(0.0, "Share of the batches whose images each get a rectangle of another image.")
 
     def __post_init__(self) -> None:
         weights = self.size_weights
@@ -116,6 +117,7 @@ class Augmentation:
             "reach": (0 <= self.reach <= 1, "between 0 and 1"),
             "whole": (0 <= self.whole <= 1, "between 0 and 1"),
             "flip": (0 <= self.flip <= 1, "between 0 and 1"),
+            "cut_mix": (0 <= self.cut_mix <= 1, "between 0 and 1"),
         }
         _require(self, rules)
 

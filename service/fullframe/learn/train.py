@@ -22,7 +22,13 @@ from torch.nn import functional as F
 
 from fullframe.errors import InvalidInput
 from fullframe.files import write_atomically
-from fullframe.learn.batches import Batch, epoch_plan, training_batches, validation_batches
+from fullframe.learn.batches import (
+    Batch,
+    TrainingBatch,
+    epoch_plan,
+    training_batches,
+    validation_batches,
+)
 from fullframe.learn.checkpoint import (
     FILE,
     load_checkpoint,
@@ -199,12 +205,12 @@ class Trainer:
         clock = time.perf_counter()
         plan = epoch_plan(len(self.images.train), self.recipe, progress.epoch)
         progress.steps = len(plan)
-        for images, labels in training_batches(self.images.train, plan, self.recipe, progress.epoch, progress.step):
-            loss, correct = self._step(images, labels)
+        for batch in training_batches(self.images.train, plan, self.recipe, progress.epoch, progress.step):
+            loss, correct = self._step(batch)
             progress.step += 1
-            progress.loss += loss * len(labels)
+            progress.loss += loss * len(batch.labels)
             progress.correct += correct
-            progress.seen += len(labels)
+            progress.seen += len(batch.labels)
             progress.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
             on_step(progress)
@@ -212,22 +218,23 @@ class Trainer:
                 self.save()
                 raise Interrupted
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+    def _step(self, batch: TrainingBatch) -> tuple[float, int]:
         """One update; returns the batch's mean loss and how many it had right."""
         progress, recipe = self.progress, self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(progress.epoch + (progress.step + 1) / progress.steps)
-        replicas = self._replicas[: max(1, len(labels) // 2)]  # two images or more each (batch norm)
+        size = len(batch.labels)
+        replicas = self._replicas[: max(1, size // 2)]  # two images or more each (batch norm)
         count = len(replicas)
-        shares = replicas, images.tensor_split(count), labels.tensor_split(count), [len(labels)] * count
-        results = list(self._workers.map(self._share, *shares))
+        shares = map(TrainingBatch, *(each.tensor_split(count) for each in batch))
+        results = list(self._workers.map(self._share, replicas, shares, [size] * count))
         if count > 1:
             gather(replicas)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
         self.optimizer.step()
         self._average(progress.epoch * progress.steps + progress.step)
-        value = sum(loss for loss, _ in results) / len(labels)
+        value = sum(loss for loss, _ in results) / size
         if not np.isfinite(value):
             raise InvalidInput(
                 f"the loss became {value} in epoch {progress.epoch + 1}; a lower learning rate, a longer warm-up "
@@ -236,15 +243,18 @@ class Trainer:
             )
         return value, sum(correct for _, correct in results)
 
-    def _share(self, net: Net, images: Tensor, labels: Tensor, count: int) -> tuple[float, int]:
+    def _share(self, net: Net, batch: TrainingBatch, count: int) -> tuple[float, int]:
         """A replica's gradients on its share of a batch of `count`; returns the summed loss and how many are right."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            logits = net(self._normalise(images))
-        labels = labels.to(self.device)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing, reduction="sum")
+            logits = net(self._normalise(batch.images)).float()
+        labels, others, share = (each.to(self.device) for each in batch[1:])
+        loss = share @ self._losses(logits, labels) + (1 - share) @ self._losses(logits, others)
         net.zero_grad(set_to_none=True)
         (loss / count).backward()  # type: ignore[no-untyped-call]
         return loss.item(), int((logits.argmax(1) == labels).sum())
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing, reduction="none")
 
     def _freeze_norms(self) -> None:
         """Let batch norms use the averaged statistics from here on."""
