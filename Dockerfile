@@ -16,7 +16,7 @@ RUN /opt/fullframe/bin/pip install --no-cache-dir --no-compile -c constraints.tx
 
 FROM python:3.12-slim
 COPY --from=build /opt/fullframe /opt/fullframe
-# Nothing is written at run time, so that the root file system may be read-only.
+# Nothing but uploads is written at run time, and they are held in memory where the root file system is read-only.
 ENV PATH=/opt/fullframe/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 FULLFRAME_HOST=0.0.0.0
 USER 10001:10001
 EXPOSE 8001 8002

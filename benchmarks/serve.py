@@ -228,7 +228,7 @@ def main() -> None:
                     figures = in_rounds(running.target, one, photos, callers, arguments.seconds, arguments.rounds)
                 rows.append({**setting(arguments, path), "workload": name, "concurrency": str(callers), **figures})
     append_rows(RESULTS, rows)
-    show(rows)
+    show(rows, "fullframe serve beside a bare ONNX Runtime loop")
 
 
 def setting(arguments: argparse.Namespace, path: Path) -> dict[str, str]:
@@ -243,8 +243,9 @@ def setting(arguments: argparse.Namespace, path: Path) -> dict[str, str]:
     }
 
 
-def show(rows: list[dict[str, str]]) -> None:
-    table = Table(title="fullframe serve beside a bare ONNX Runtime loop")
+def show(rows: list[dict[str, str]], title: str) -> None:
+    """The figures on the terminal."""
+    table = Table(title=title)
     columns = [name for name in rows[0] if name not in {"date", "machine", "versions", "command"}]
     for name in columns:
         table.add_column(name)

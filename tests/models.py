@@ -1,15 +1,20 @@
 """Small models that follow the contract, with random weights and a known architecture."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from fullframe.model.contract import Contract
+from fullframe.model.contract import LOGITS_FROM_FEATURES, LOGITS_FROM_MAP, Contract
 
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+
+Head = Literal["linear", "layers", "windows", "peeks"]
+"""Of a model: the mean of a class map; two layers behind the features; the same as 1x1 windows over the features
+before they are flattened; or one that sees the largest cells of the feature map too."""
 
 
 def write_model(
@@ -21,6 +26,7 @@ def write_model(
     least: int = 1,
     breaks_above: int | None = None,
     seed: int = 0,
+    head: Head = "linear",
 ) -> Path:
     """Write a contract model: 3x3 convolution of stride 2, 3x3 max pool of stride 2, `depth` more 3x3 convolutions.
 
@@ -28,6 +34,7 @@ def write_model(
         channels: width of every layer; the work for a pixel grows with channels^2 * depth.
         least: the smallest height and width that its metadata allows.
         breaks_above: a height above which running the graph is an error that the metadata says nothing of.
+        head: what makes the logits; only a linear one has a class map, and can break.
     """
     random = np.random.default_rng(seed)
     weights: dict[str, NDArray[np.float32]] = {
@@ -66,7 +73,25 @@ def write_model(
         conv(source, f"conv{layer}", channels, channels, 3)
         source = "feature_map" if layer == depth else f"relu{layer}"
         nodes.append(helper.make_node("Relu", [f"conv{layer}"], [source]))
-    conv("feature_map", "scores" if breaks_above else "class_map", channels, len(LABELS), 1)
+    if head != "linear":
+        nodes.append(helper.make_node("GlobalAveragePool", ["feature_map"], ["pooled4"]))
+        nodes.append(helper.make_node("Flatten", ["pooled4"], ["features"]))
+        if head == "windows":
+            start = "pooled4"
+        elif head == "layers":
+            nodes.append(helper.make_node("Unsqueeze", ["features", "space"], ["cell"]))
+            start = "cell"
+        else:
+            nodes.append(helper.make_node("GlobalMaxPool", ["feature_map"], ["largest"]))
+            nodes.append(helper.make_node("Add", ["pooled4", "largest"], ["both"]))
+            start = "both"
+        conv(start, "hidden", channels, 12, 1)
+        nodes.append(helper.make_node("HardSwish", ["hidden"], ["bent"]))
+        conv("bent", "scores", 12, len(LABELS), 1)
+        nodes.append(helper.make_node("Flatten", ["scores"], ["logits"]))
+    else:
+        conv("feature_map", "scores" if breaks_above else "class_map", channels, len(LABELS), 1)
+        nodes.append(helper.make_node("ReduceMean", ["feature_map", "space"], ["features"], keepdims=0))
     if breaks_above:
         weights["zeros"] = np.zeros(breaks_above + 1, np.float32)
         nodes += [
@@ -74,10 +99,8 @@ def write_model(
             helper.make_node("Gather", ["zeros", "height"], ["zero"]),
             helper.make_node("Add", ["scores", "zero"], ["class_map"]),
         ]
-    nodes += [
-        helper.make_node("ReduceMean", ["feature_map", "space"], ["features"], keepdims=0),
-        helper.make_node("ReduceMean", ["class_map", "space"], ["logits"], keepdims=0),
-    ]
+    if head == "linear":
+        nodes.append(helper.make_node("ReduceMean", ["class_map", "space"], ["logits"], keepdims=0))
     initializers = [numpy_helper.from_array(value, key) for key, value in weights.items()]
     initializers.append(numpy_helper.from_array(np.array([2, 3], np.int64), "space"))
     outputs: dict[str, list[str | int | None]] = {
@@ -86,6 +109,8 @@ def write_model(
         "feature_map": ["N", channels, "h", "w"],
         "class_map": ["N", len(LABELS), "h", "w"],
     }
+    if head != "linear":
+        del outputs["class_map"]
     graph = helper.make_graph(
         nodes,
         name,
@@ -104,6 +129,7 @@ def write_model(
         smallest_size=(least, least),
         feature_channels=channels,
         normalisation={"mean": [127.5] * 3, "std": [64.0] * 3},
+        logits=LOGITS_FROM_MAP if head == "linear" else LOGITS_FROM_FEATURES,
         training={"data": "none: random weights"},
     )
     helper.set_model_props(model, contract.to_metadata())

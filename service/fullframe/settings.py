@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field, FiniteFloat, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from fullframe.engine.schedule import Batching
 from fullframe.errors import InvalidInput
 from fullframe.model.repository import Precision
 
@@ -29,9 +30,22 @@ class Settings(BaseSettings):
         "float32", description="int8: the copies that quantize made, not under the promise; auto: where there are such"
     )
     workers: int = Field(0, ge=0, description="images worked on at once; 0: one for each core")
-    max_megapixels: FiniteFloat = Field(32, gt=0, description="largest image, in megapixels")
+    batching: Batching = Field(
+        "auto",
+        description="ragged: images that wait are computed together, padded and masked; one: one by one; auto: ragged "
+        "on an accelerator, one by one on a CPU, where that is the faster",
+    )
+    max_megapixels: FiniteFloat = Field(32, gt=0, description="largest image, in megapixels, uploads included")
     tile_pixels: int = Field(4_000_000, ge=1, description="an image of more pixels is computed piece by piece")
-    max_image_bytes: ByteSize = Field(ByteSize(64 * _MIB), gt=0, description="largest encoded image")
+    max_image_bytes: ByteSize = Field(ByteSize(64 * _MIB), gt=0, description="largest encoded image in a request")
+    spool_folder: str = Field(
+        "", description="where uploads are kept while they are worked on; none: the system's, else memory"
+    )
+    max_upload_bytes: ByteSize = Field(ByteSize(1024 * _MIB), gt=0, description="largest upload")
+    max_spool_bytes: ByteSize = Field(ByteSize(4096 * _MIB), gt=0, description="bytes of all uploads kept together")
+    min_free_bytes: ByteSize = Field(
+        ByteSize(256 * _MIB), ge=0, description="bytes of that disk that uploads leave free"
+    )
     max_frames: int = Field(1000, ge=1, description="most frames or pages of one file, of which the first is read")
     # The default lets 32 megapixels come as raw RGB.
     max_message_bytes: ByteSize = Field(
@@ -39,6 +53,20 @@ class Settings(BaseSettings):
     )
     max_images_per_request: int = Field(128, ge=1, le=1024, description="most images of one request")
     max_megapixels_in_flight: FiniteFloat = Field(256, gt=0, description="megapixels queued and computed together")
+    memory_budget: ByteSize = Field(
+        ByteSize(0),
+        ge=0,
+        description="bytes that images may take while they are computed, by an estimate from the models' graphs; "
+        "0: three quarters of the machine's or the container's",
+    )
+    max_held_megapixels: FiniteFloat = Field(
+        32,
+        gt=0,
+        description="largest image in megapixels of a kind that is decoded whole: progressive JPEG, WebP, GIF ...",
+    )
+    max_turning_bytes: ByteSize = Field(
+        ByteSize(2048 * _MIB), ge=0, description="temporary disk for a larger image that is stored turned"
+    )
     max_bytes_in_flight: ByteSize = Field(ByteSize(512 * _MIB), gt=0, description="bytes of all requests held together")
     max_concurrent_rpcs: int = Field(256, ge=1, description="calls answered at once, health checks not counted")
     max_stream_images: int = Field(16, ge=1, description="images of one stream read ahead of their answers")

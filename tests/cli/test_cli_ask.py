@@ -3,9 +3,12 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from fullframe.image import Limits, open_source
 from fullframe.image.overlay import draw_class_map
 from tests.cli.command import COMMAND, environment, run, run_here
 from tests.pictures import encode, pixels
-from tests.serving import Running, start
+from tests.serving import Running, serving, start
 
 SIZES = {"a/first.png": (30, 40), "a/second.JPG": (1, 1), "b/third.png": (7, 500)}
 
@@ -186,21 +189,51 @@ def test_explained_at_the_picture_s_own_resolution(
     assert not np.array_equal(expected, picture)
 
 
-def test_a_progress_bar_only_on_a_terminal(folder: Path, tiny_model: Path) -> None:
-    assert not run("classify", folder, "--model", tiny_model).stderr
+def on_a_terminal(*arguments: object) -> bytes:
+    """What the command shows on stderr where that is a terminal."""
     terminal, stderr = pty.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # that is how it ends
+            while data := os.read(terminal, 1 << 16):
+                shown.extend(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
     subprocess.run(
-        [*COMMAND, "classify", str(folder), "--model", str(tiny_model)],
+        [*COMMAND, *map(str, arguments)],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=stderr,
-        env=environment(TERM="xterm"),
+        env=environment(TERM="xterm", COLUMNS="120"),
         timeout=60,
     )
     os.close(stderr)
-    shown = os.read(terminal, 1 << 16)
+    reader.join()
     os.close(terminal)
-    assert b"3/3" in shown
+    return bytes(shown)
+
+
+def test_a_progress_bar_only_on_a_terminal(folder: Path, tiny_model: Path) -> None:
+    assert not run("classify", folder, "--model", tiny_model).stderr
+    assert b"3/3" in on_a_terminal("classify", folder, "--model", tiny_model)
+
+
+def test_an_image_in_pieces_has_a_bar_of_its_own(tmp_path: Path, tiny_model: Path) -> None:
+    file = tmp_path / "huge.jpg"
+    file.write_bytes(encode(pixels(2100, 2000), "JPEG"))
+    assert not run("classify", file, "--model", tiny_model).stderr
+    assert re.search(rb"huge.jpg: [0-9]+% computed", on_a_terminal("classify", file, "--model", tiny_model))
+
+
+def test_an_upload_has_a_bar_of_its_own(tmp_path: Path, tiny_model: Path) -> None:
+    file = tmp_path / "huge.png"
+    file.write_bytes(encode(np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8)))
+    with serving(models=tiny_model, max_image_bytes=2**20, tile_pixels=100_000) as server:
+        shown = on_a_terminal("classify", file, "--server", server.target)
+    assert b"huge.png: 0 bytes of 1.9 MB sent" in shown
+    assert re.search(rb"huge.png: [0-9]+% computed", shown)
 
 
 def test_interrupted_without_a_traceback(tmp_path: Path, slow_model: Path) -> None:

@@ -271,7 +271,7 @@ def test_a_message_limit_that_shrank_is_named(tiny_model: Path) -> None:
         assert client.classify(MEGAPIXEL)
         port = first.port
     with Client(f"127.0.0.1:{port}", wait_for_ready=True) as client:
-        client._core._longest = 4 * 2**20
+        client._core._limits = pb.Limits(max_message_bytes=4 * 2**20, max_image_bytes=4 * 2**20)
         with serving(models=str(tiny_model), port=port, max_message_bytes="1MiB"):
             with pytest.raises(ServerError, match="larger than max"):
                 client.classify(MEGAPIXEL)

@@ -11,7 +11,7 @@ import pytest
 from fullframe.engine.plane import EncodedImage, Plane, RawImage, open_plane
 from fullframe.engine.pooling import KINDS, Pooling, pool
 from fullframe.engine.query import Answer, Query
-from fullframe.errors import DeadlinePassed, InvalidInput, NotFound
+from fullframe.errors import DeadlinePassed, InvalidInput, NotFound, Overloaded
 from fullframe.image import Limits, Picture
 from tests.models import LABELS, write_model
 from tests.pictures import encode, pixels
@@ -134,3 +134,42 @@ def test_models_are_found_by_name_and_version(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="'birds' has no version '3'; served here: 2, 9, 10"):
         plane.model("birds", "3")
     plane.close()
+
+
+def test_an_image_that_takes_more_memory_than_the_budget_is_refused(slow_model: Path) -> None:
+    """By the estimate: about 126 bytes a pixel, and as much in pieces, for which this one is too small."""
+    plane = open_plane([str(slow_model)], workers=1, memory_budget=10**8)
+    small, large = (opened(plane, raw(side, side)) for side in (700, 1000))
+    with pytest.raises(InvalidInput, match=r"takes 12\d MB of memory; at most 100 MB of memory .* a smaller image"):
+        plane.submit(plane.model(), [large], Query())
+    first, second = plane.submit(plane.model(), [small, small], Query())
+    assert 5e7 < plane.counters().memory_in_flight < 10**8  # one of them runs at a time
+    assert bits(first.result()) == bits(second.result())
+    assert plane.counters().memory_in_flight == 0
+    plane.close()
+
+
+def test_memory_that_huge_images_take_is_refused_for_now(slow_model: Path) -> None:
+    plane = open_plane([str(slow_model)], workers=2, memory_budget=3 * 10**8, tile_pixels=10**6)
+    pictures = [opened(plane, raw(1200, 1200)) for _ in range(3)]
+    [first] = plane.submit(plane.model(), pictures[:1], Query())
+    [second] = plane.submit(plane.model(), pictures[1:2], Query())
+    with pytest.raises(Overloaded, match=r"no room for .* MB of memory now") as refused:
+        plane.submit(plane.model(), pictures[2:], Query())
+    assert refused.value.retry_after > 0
+    assert first.result().classes and second.result().classes
+    assert plane.submit(plane.model(), pictures[2:], Query())[0].result().classes
+    plane.close()
+
+
+def test_an_image_that_takes_too_much_memory_whole_is_computed_in_pieces(slow_model: Path) -> None:
+    roomy, tight = (open_plane([str(slow_model)], memory_budget=budget) for budget in (10**9, 2 * 10**8))
+    answers = []
+    for plane in (roomy, tight):
+        [future] = plane.submit(plane.model(), [opened(plane, raw(1100, 1700))], Query(logits=True))
+        assert plane.counters().memory_in_flight < 2 * 10**8 or plane is roomy
+        logits = future.result().logits
+        assert logits is not None
+        answers.append(logits)
+        plane.close()
+    np.testing.assert_allclose(answers[1], answers[0], atol=1e-4)

@@ -10,6 +10,7 @@ from PIL import Image
 import fullframe
 from fullframe.engine.plane import open_plane
 from fullframe.engine.predictor import Predictor
+from fullframe.engine.progress import Progress
 from fullframe.engine.query import Answer
 from fullframe.errors import FullframeError, InvalidInput, InvalidModel, NotFound
 from fullframe.image import ImageSource
@@ -68,6 +69,25 @@ def test_a_stream_waits_for_room_in_the_engine(tiny_model: Path) -> None:
     with Predictor(plane) as predictor:
         outcomes = [outcome for _, outcome in predictor.stream([pixels(30, 30)] * 8)]
     assert [type(outcome) for outcome in outcomes] == [Answer] * 8
+
+
+def test_progress_of_images_in_pieces(tiny_model: Path) -> None:
+    heard: list[tuple[int, Progress]] = []
+    with Predictor(open_plane([str(tiny_model)], tile_pixels=500_000, workers=1)) as predictor:
+        images = [pixels(30, 30), pixels(900, 1100), pixels(1000, 700)]
+        outcomes = list(predictor.stream(images, on_progress=lambda number, progress: heard.append((number, progress))))
+        assert all(isinstance(outcome, Answer) for _, outcome in outcomes)
+        for number, least in ((0, 0), (1, 3), (2, 2)):
+            shares = [progress.computed for which, progress in heard if which == number]
+            assert shares == sorted(set(shares)) and len(shares) >= least
+            assert not shares or shares[-1] == 1
+
+        def stop(progress: Progress) -> None:
+            raise RuntimeError("enough")
+
+        with pytest.raises(RuntimeError, match="enough"):
+            predictor.predict(images[1], on_progress=stop)
+        assert predictor.predict(images[0], on_progress=stop).height == 30
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The scheduler: order, admission, deadlines, cancellation, and counts that always add up."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullframe.engine.schedule import Counters, Job, Scheduler, Turn
+from fullframe.engine.schedule import Budget, Counters, Job, Scheduler, Turn
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
 
 Steps = Generator[None, Turn, object]
@@ -30,7 +32,7 @@ class Gate:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    made = Scheduler(workers=1, max_pixels=1000)
+    made = Scheduler(workers=1, budget=Budget(1000))
     yield made
     made.close()
     assert_all_accounted(made.counters())
@@ -60,7 +62,7 @@ def test_first_come_first_served(scheduler: Scheduler) -> None:
 
 
 def test_a_turn_knows_its_wait_and_whether_it_is_alone() -> None:
-    scheduler = Scheduler(workers=2, max_pixels=1000)
+    scheduler = Scheduler(workers=2, budget=Budget(1000))
     first, lone = blocked(scheduler)
     second, crowded = blocked(scheduler)
     [queued] = scheduler.submit([Job(1, lambda turn: turn)])
@@ -141,6 +143,41 @@ def test_a_failing_job_fails_alone(scheduler: Scheduler) -> None:
     assert scheduler.healthy()
 
 
+def test_a_future_that_is_kept_does_not_keep_its_image(scheduler: Scheduler) -> None:
+    class Image:
+        def work(self, turn: Turn) -> int:
+            return 1
+
+        def steps(self, turn: Turn) -> Steps:
+            yield
+            return self.work(turn)
+
+    gate, _ = blocked(scheduler)
+    images = [Image() for _ in range(3)]
+    held = [weakref.ref(image) for image in images]
+    gc.disable()
+    try:
+        jobs = [Job(1, images[0].work), Job(1, images[1].work), Job(1, images[2].steps, in_steps=True)]
+        cancelled, plain, stepping = scheduler.submit(jobs)
+        del jobs
+        images.clear()
+        assert all(ref() is not None for ref in held)
+        assert cancelled.cancel()
+        gate.go.set()
+        assert [plain.result(10), stepping.result(10)] == [1, 1]
+        wait_until(lambda: all(ref() is None for ref in held))
+    finally:
+        gc.enable()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come true")
+
+
 def test_draining_refuses_new_jobs_and_waits_for_the_old(scheduler: Scheduler) -> None:
     gate, running = blocked(scheduler)
     [queued] = scheduler.submit([Job(1, lambda _: "last")])
@@ -154,7 +191,7 @@ def test_draining_refuses_new_jobs_and_waits_for_the_old(scheduler: Scheduler) -
 
 
 def test_closing_cancels_the_queue() -> None:
-    scheduler = Scheduler(workers=1, max_pixels=1000)
+    scheduler = Scheduler(workers=1, budget=Budget(1000))
     gate, running = blocked(scheduler)
     [queued] = scheduler.submit([Job(1, lambda _: None)])
     threading.Timer(0.05, gate.go.set).start()
@@ -169,7 +206,7 @@ def test_closing_cancels_the_queue() -> None:
 @given(st.data())
 def test_counts_add_up_after_a_storm(data: st.DataObject) -> None:
     fates = data.draw(st.lists(st.sampled_from(["finish", "fail", "cancel", "expire"]), max_size=60))
-    scheduler = Scheduler(workers=3, max_pixels=40)
+    scheduler = Scheduler(workers=3, budget=Budget(40))
     refused = 0
     for fate in fates:
 
@@ -253,7 +290,7 @@ def test_a_job_in_steps_can_be_cancelled_and_expires_between_them(scheduler: Sch
 
 def test_closing_ends_a_job_in_steps_at_its_next_pause() -> None:
     log: list[str] = []
-    scheduler = Scheduler(workers=1, max_pixels=10)
+    scheduler = Scheduler(workers=1, budget=Budget(10))
     [future] = scheduler.submit([Job(1, steps(log, "a", 10**9), in_steps=True)])
     while not log:
         time.sleep(0.001)
@@ -271,3 +308,95 @@ def test_a_failing_step_fails_its_job_alone(scheduler: Scheduler) -> None:
     with pytest.raises(ValueError, match="second step"):
         bad.result(10)
     assert good.result(10) == "well"
+
+
+# -- wide jobs and memory
+
+
+def test_one_wide_job_runs_at_a_time_and_the_others_pass() -> None:
+    scheduler = Scheduler(workers=2, budget=Budget(1000))
+    gate, other = Gate(), Gate()
+    wide = [Job(1, each.job.work, wide=True) for each in (gate, other)]
+    [first, second] = scheduler.submit(wide)
+    assert gate.running.wait(10)
+    for _ in range(3):
+        assert scheduler.submit([Job(1, lambda _: "narrow")])[0].result(10) == "narrow"
+    assert not other.running.is_set()
+    gate.go.set()
+    assert first.result(10)
+    assert other.running.wait(10)
+    other.go.set()
+    assert second.result(10).alone
+    scheduler.close()
+
+
+def test_two_jobs_in_steps_never_run_together_and_leave_a_worker_free() -> None:
+    scheduler = Scheduler(workers=2, budget=Budget(1000))
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def work(turn: Turn) -> Generator[None, Turn, None]:
+        nonlocal inside, most
+        for _ in range(30):
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.002)
+            with lock:
+                inside -= 1
+            yield
+
+    futures = scheduler.submit([Job(1, work, in_steps=True) for _ in range(3)])
+    while not all(future.done() for future in futures):
+        assert scheduler.submit([Job(1, lambda _: "small")])[0].result(10) == "small"
+    assert most == 1
+    scheduler.close()
+
+
+def test_closing_ends_a_worker_that_waits_for_a_wide_jobs_turn() -> None:
+    scheduler = Scheduler(workers=2, budget=Budget(1000))
+    gate, other = Gate(), Gate()
+    running, waiting = scheduler.submit([Job(1, each.job.work, wide=True) for each in (gate, other)])
+    assert gate.running.wait(10)
+    threading.Timer(0.05, gate.go.set).start()
+    scheduler.close()
+    assert running.done() and waiting.cancelled()
+    assert_all_accounted(scheduler.counters())
+
+
+def sized(memory: int, wide: bool = False) -> Job:
+    return Job(1, lambda turn: None, memory=memory, wide=wide)
+
+
+def test_memory_counts_what_may_be_held_at_once() -> None:
+    """With two workers the two largest, of those that use all cores one, and of those in steps each."""
+    scheduler = Scheduler(workers=2, budget=Budget(1000, memory=100))
+    gates = [Gate(), Gate()]
+    blocking = scheduler.submit([Job(1, gate.job.work) for gate in gates])
+    assert all(gate.running.wait(10) for gate in gates)
+    queued = scheduler.submit([sized(memory) for memory in (10, 30, 20, 30)])
+    assert scheduler.counters().memory_in_flight == 60
+    queued += scheduler.submit([sized(40, wide=True), sized(35, wide=True)])
+    assert scheduler.counters().memory_in_flight == 70
+    queued += scheduler.submit([Job(1, steps([], "a", 2), in_steps=True, memory=25)])
+    assert scheduler.counters().memory_in_flight == 95
+    with pytest.raises(Overloaded, match=r"9\.5e-05 MB of memory of 0\.0001 MB of memory") as refused:
+        scheduler.submit([sized(46, wide=True)])
+    assert refused.value.retry_after > 0
+    assert scheduler.counters().memory_in_flight == 95
+    queued += scheduler.submit([sized(45, wide=True), sized(1)])
+    for gate in gates:
+        gate.go.set()
+    for future in [*blocking, *queued]:
+        future.result(10)
+    scheduler.close()
+    assert scheduler.counters().memory_in_flight == 0
+    assert_all_accounted(scheduler.counters())
+
+
+def test_memory_that_could_never_be_had_is_invalid() -> None:
+    scheduler = Scheduler(workers=2, budget=Budget(1000, memory=10**8))
+    with pytest.raises(InvalidInput, match=r"takes 200 MB of memory; at most 100 MB of memory .* send a smaller image"):
+        scheduler.submit([sized(2 * 10**8)])
+    with pytest.raises(InvalidInput, match="several requests"):
+        scheduler.submit([sized(6 * 10**7)] * 2)
+    scheduler.close()

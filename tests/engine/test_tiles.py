@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fullframe.engine import plane as planes
-from fullframe.engine.merge import MAX_MAP_BYTES
+from fullframe.engine.maps import MAX_MAP_BYTES
 from fullframe.engine.ort import OrtEngine
 from fullframe.engine.plane import Plane, RawImage, Served, open_plane
 from fullframe.engine.pooling import KINDS, Pooling
@@ -23,7 +23,7 @@ from fullframe.errors import DeadlinePassed, InvalidInput
 from fullframe.image import Picture, Pixels, Regions
 from fullframe.image.regions import HeldRegions
 from fullframe.model.repository import BUNDLED
-from tests.models import write_model
+from tests.models import Head, write_model
 from tests.pictures import pixels
 
 MAPS = ("feature_map", "class_map")
@@ -206,8 +206,11 @@ def test_max_from_pieces_of_a_chain_has_the_same_bits(chain: OrtEngine, monkeypa
 def test_a_map_too_large_to_return_is_refused_with_its_size(chain: OrtEngine) -> None:
     plane = open_plane([str(chain.path)], tile_pixels=500)
     huge = Huge(40_000, 40_000)
-    with pytest.raises(InvalidInput, match=rf"feature_map of this image is \[4, 10000, 10000\].*{MAX_MAP_BYTES}"):
+    with pytest.raises(
+        InvalidInput, match=rf"feature_map of this image is \[4, 10000, 10000\].*{MAX_MAP_BYTES}.*max_map_side"
+    ):
         plane.submit(plane.model(), [huge], Query(0, feature_map=True))[0].result()
+    assert not huge.reads
     plane.close()
 
 
@@ -298,3 +301,27 @@ def test_a_model_that_cannot_be_tiled_says_why(tmp_path: Path) -> None:
         ask(plane, pixels(40, 40), Query())
     plane.close()
     assert isinstance(plane.model(), Served)
+
+
+@pytest.mark.parametrize("head", ["layers", "windows"])
+def test_a_head_that_is_not_linear_finishes_merged_features(tmp_path: Path, head: Head) -> None:
+    path = write_model(tmp_path / "m.onnx", depth=2, head=head)
+    picture, answers = pixels(90, 120), []
+    for tile_pixels in (10**9, 500):
+        plane = open_plane([str(path)], tile_pixels=tile_pixels)
+        answers.append(ask(plane, picture, Query(7, (Pooling(),), logits=True)))
+        plane.close()
+    whole, pieces = answers
+    assert whole.logits is not None and pieces.logits is not None
+    assert difference(whole.logits, pieces.logits) <= PROMISE / 10
+    assert [score.label for score in pieces.classes] == [score.label for score in whole.classes]
+
+
+def test_a_head_that_sees_more_than_the_features_refuses_logits_and_nothing_else(tmp_path: Path) -> None:
+    plane = open_plane([str(write_model(tmp_path / "m.onnx", head="peeks"))], tile_pixels=500)
+    with pytest.raises(InvalidInput, match=r"logits can't be, as its 'logits' are computed from more.*top_k 0"):
+        ask(plane, pixels(90, 120), Query())
+    assert len(ask(plane, pixels(90, 120), Query(0, (Pooling(),))).embeddings[0]) == 16
+    with pytest.raises(InvalidInput, match="has no class map"):
+        ask(plane, pixels(90, 120), Query(0, class_map=True))
+    plane.close()

@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from fullframe.cli.convert import convert
 from fullframe.convert.metadata import add_training_facts
 from fullframe.engine.ort import OrtEngine
 from fullframe.errors import InvalidInput
@@ -34,7 +35,7 @@ def fullframe(*words: object) -> subprocess.CompletedProcess[str]:
 def here(*words: object) -> Result:
     """The same in this process, which has loaded torch already."""
     app = typer.Typer()
-    for command in (commands.train, commands.evaluate):
+    for command in (commands.train, commands.export, commands.evaluate, convert):
         app.command()(command)
     return CliRunner().invoke(app, [str(word) for word in words])
 
@@ -74,10 +75,46 @@ def test_a_finished_run_is_left_as_it_is(run: Path, shapes: Path) -> None:
     assert (run / "checkpoint.safetensors").read_bytes() == before
 
 
+def test_a_run_goes_to_a_model_repository_or_is_converted_as_it_is_exported(run: Path, tmp_path: Path) -> None:
+    there = here("export", run, "--repository", tmp_path, "--name", "shapes")
+    assert there.exit_code == 0, there.output
+    converted = here("convert", run, "-o", tmp_path / "again.onnx")
+    assert converted.exit_code == 0, converted.output
+    engines = OrtEngine(tmp_path / "shapes" / "1" / "model.onnx"), OrtEngine(tmp_path / "again.onnx")
+    assert [engine.contract.name for engine in engines] == ["shapes", "again"]
+    assert (tmp_path / "shapes" / "config.pbtxt").exists()
+    assert (tmp_path / "shapes" / "labels.txt").read_text().split() == list(engines[1].contract.labels)
+    picture = np.random.default_rng(0).integers(0, 256, (31, 45, 3), np.uint8)
+    first, second = (engine.run(picture, ["logits"])["logits"] for engine in engines)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_an_export_says_where_to(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes((run / "shapes.onnx").read_bytes())
+    for words, reason in (
+        (("export", run), "say where to"),
+        (("export", tmp_path / "model.onnx", "--repository", tmp_path, "-o", tmp_path / "b.onnx"), "nothing else"),
+        (("convert", run, "-o", tmp_path / "b.onnx", "--bgr"), "knows all this itself"),
+    ):
+        refused = here(*words)
+        assert refused.exit_code == 2
+        assert reason in " ".join(re.sub("[│─]", " ", refused.output).split())
+
+
 def test_other_options_are_refused_by_name(run: Path, shapes: Path) -> None:
     other = here("train", shapes, "-o", run, *OPTIONS.replace("--ema 0.8", "--ema 0.7").split())
     assert isinstance(other.exception, InvalidInput)
     assert "recipe.ema 0.8, not 0.7" in str(other.exception)
+
+
+@pytest.mark.slow
+def test_a_run_can_go_into_a_file_for_batches_of_different_sizes(run: Path, tmp_path: Path) -> None:
+    exported = fullframe("export", run, "--ragged", "-o", tmp_path / "shapes.onnx")
+    assert exported.returncode == 0, exported.stderr
+    assert "largest difference between an image in a batch and alone" in exported.stderr
+    contract = OrtEngine(tmp_path / "shapes.onnx").contract
+    assert contract.ragged and contract.name == "shapes"
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes.onnx"]
 
 
 def test_the_card_s_command_is_the_one_that_was_typed(run: Path) -> None:

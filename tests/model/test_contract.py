@@ -63,12 +63,27 @@ def test_a_file_that_says_nothing_of_tiles_is_read_as_before() -> None:
         ("tiles", '{"alignment": [4, 4], "obstacles": [1]}', "tiles must have 'obstacles', a list of strings"),
         ("tiles", '{"alignment": [4, 0], "obstacles": []}', "tiles.alignment must be two integers of at least 1"),
         ("tiles", '{"obstacles": []}', "tiles.alignment must be two integers of at least 1"),
+        ("ragged", "often", "ragged is 'often'; it must be 'true' or 'false'"),
     ],
 )
 def test_broken_metadata_is_named(key: str, value: str, message: str) -> None:
     metadata = CONTRACT.to_metadata() | {f"fullframe.{key}": value}
     with pytest.raises(InvalidModel, match=message.replace("[", r"\[")):
         Contract.from_metadata(metadata)
+
+
+def test_a_file_for_batches_of_different_sizes_has_their_sizes_beside_the_images() -> None:
+    ragged = replace(CONTRACT, ragged=True)
+    assert Contract.from_metadata(ragged.to_metadata()) == ragged
+    sizes = TensorInfo("sizes", "tensor(int64)", ("N", 2))
+    map_sizes = TensorInfo("map_sizes", "tensor(int64)", ("N", 2))
+    ragged.check_graph([*INPUTS, sizes], [*OUTPUTS, map_sizes])
+    with pytest.raises(InvalidModel, match="inputs are images; the contract has images, sizes"):
+        ragged.check_graph(INPUTS, [*OUTPUTS, map_sizes])
+    with pytest.raises(InvalidModel, match="no output 'map_sizes'"):
+        ragged.check_graph([*INPUTS, sizes], OUTPUTS)
+    with pytest.raises(InvalidModel, match="inputs are images, sizes; the contract has images"):
+        CONTRACT.check_graph([*INPUTS, sizes], OUTPUTS)
 
 
 def test_any_other_onnx_file_is_told_apart() -> None:

@@ -49,13 +49,14 @@ WINDOWS = st.lists(
         st.integers(0, 2),  # padding above
         st.integers(0, 2),  # and below
         st.booleans(),  # joined with a branch that sees other rows
+        st.booleans(),  # the output's size rounded up, along the columns too
     ),
     min_size=1,
     max_size=4,
 )
 
 
-def build(path: Path, windows: list[tuple[str, int, int, int, int, int, bool]]) -> Path:
+def build(path: Path, windows: list[tuple[str, int, int, int, int, int, bool, bool]]) -> Path:
     """Windows one after the other, each with its own rows' arithmetic; some joined with a branch beside them."""
     base = onnx.load(write_model(path, channels=4))
     nodes = [node for node in base.graph.node if node.output[0] in ("floats", "planes", "centred", "normal")]
@@ -64,13 +65,15 @@ def build(path: Path, windows: list[tuple[str, int, int, int, int, int, bool]]) 
     source = "normal"
 
     def window(
-        op: str, source: str, target: str, kernel: int, stride: int, dilation: int, pads: tuple[int, int]
+        op: str, source: str, target: str, kernel: int, stride: int, dilation: int, pads: tuple[int, int], up: bool
     ) -> None:
         attributes: dict[str, Any] = {
             "kernel_shape": [kernel, 3],
-            "strides": [stride, 1],
+            "strides": [stride, 2 if up else 1],
             "pads": [pads[0], 1, pads[1], 1],
         }
+        if up:
+            attributes["ceil_mode"] = 1
         inputs = [source]
         if op == "Conv":
             values = random.normal(0, 0.4, (3, 3, kernel, 3)).astype(np.float32)
@@ -80,14 +83,15 @@ def build(path: Path, windows: list[tuple[str, int, int, int, int, int, bool]]) 
             attributes["dilations"] = [dilation, 1]
         nodes.append(helper.make_node(op, inputs, [target], **attributes))
 
-    for number, (op, kernel, stride, dilation, above, below, joined) in enumerate(windows):
+    for number, (op, kernel, stride, dilation, above, below, joined, up) in enumerate(windows):
+        up = up and op != "Conv"
         dilation = 1 if op == "AveragePool" else dilation
         extent = (kernel - 1) * dilation + 1
         above, below = min(above, kernel - 1), min(below, kernel - 1)
-        window(op, source, f"w{number}", kernel, stride, dilation, (above, below))
+        window(op, source, f"w{number}", kernel, stride, dilation, (above, below), up)
         source = f"w{number}"
-        if joined and above + below == extent - 1:
-            window("MaxPool", f"w{number - 1}" if number else "normal", f"b{number}", 1, stride, 1, (0, 0))
+        if joined and above + below == extent - 1 and not up:
+            window("MaxPool", f"w{number - 1}" if number else "normal", f"b{number}", 1, stride, 1, (0, 0), False)
             nodes.append(helper.make_node("Concat", [source, f"b{number}"], [f"c{number}"], axis=1))
             weights[f"m{number}"] = numpy_helper.from_array(
                 random.normal(0, 0.5, (3, 6, 1, 1)).astype(np.float32), f"m{number}"
@@ -105,7 +109,7 @@ def build(path: Path, windows: list[tuple[str, int, int, int, int, int, bool]]) 
 @given(WINDOWS, st.integers(0, 3), st.lists(st.integers(1, 3), max_size=4), st.integers(0, 40), st.integers(3, 9))
 def test_strips_of_any_windows_make_the_whole(
     tmp_path_factory: pytest.TempPathFactory,
-    windows: list[tuple[str, int, int, int, int, int, bool]],
+    windows: list[tuple[str, int, int, int, int, int, bool, bool]],
     more: int,
     middles: list[int],
     last: int,

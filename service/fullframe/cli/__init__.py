@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "demo": ("fullframe.cli.demo:demo", "Start a server and ask it about pictures of many sizes."),
     "train": ("fullframe.learn.commands:train", "Train a network on a folder or tar of classes."),
     "export": ("fullframe.learn.commands:export", "Turn trained weights into a served model, checked at many sizes."),
+    "convert": ("fullframe.cli.convert:convert", "Make any convolutional classifier a model that is served."),
     "quantize": ("fullframe.cli.quantize:quantize", "Make a model's int8 copy, faster on a CPU."),
     "evaluate": ("fullframe.learn.commands:evaluate", "Measure a model's accuracy at several sizes."),
 }

@@ -1,36 +1,44 @@
-"""The answers about many files, in the files' order, with a progress bar and the failures named on stderr."""
+"""The answers about many files, in the files' order, with progress bars and the failures named on stderr."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fullframe.cli import complain
 from fullframe.errors import FullframeError
 
 if TYPE_CHECKING:
+    from fullframe.engine.progress import Progress as ImageProgress
     from fullframe.engine.query import Answer
 
 
 class Answers:
-    """What `stream` says of each file: to be iterated once.
+    """What a stream says of each file: to be iterated once.
+
+    Args:
+        ask: begins the stream; takes `on_progress`.
 
     Attributes:
         failed: files without an answer so far.
     """
 
-    def __init__(self, files: Sequence[str], stream: "Iterator[tuple[int, Answer | FullframeError]]") -> None:
-        self._files, self._stream = files, stream
+    def __init__(
+        self, files: Sequence[str], ask: "Callable[..., Iterator[tuple[int, Answer | FullframeError]]]"
+    ) -> None:
+        self._files, self._ask = files, ask
         self.failed = 0
 
     def __iter__(self) -> "Iterator[tuple[str, Answer | FullframeError]]":
-        with _progress() as progress:
-            task = progress.add_task("", total=len(self._files))
+        with _Bars(self._files) as bars:
             last: FullframeError | None = None
-            for file, outcome in zip(self._files, self._in_order(), strict=True):
-                progress.advance(task)
+            stream = self._ask(on_progress=bars.hear if bars.shown else None)
+            for number, (file, outcome) in enumerate(zip(self._files, self._in_order(stream), strict=True)):
+                bars.end(number)
                 if isinstance(outcome, FullframeError):
                     self.failed += 1
                     if outcome is not last:  # the end of a stream fails all that is left; once is enough
@@ -40,11 +48,11 @@ class Answers:
         if self.failed and len(self._files) > 1:
             complain(f"{self.failed} of {len(self._files)} images failed")
 
-    def _in_order(self) -> "Iterator[Answer | FullframeError]":
+    def _in_order(self, stream: "Iterator[tuple[int, Answer | FullframeError]]") -> "Iterator[Answer | FullframeError]":
         early: dict[int, Answer | FullframeError] = {}
         due = 0
         try:
-            for number, outcome in self._stream:
+            for number, outcome in stream:
                 early[number] = outcome
                 while due in early:
                     yield early.pop(due)
@@ -54,14 +62,55 @@ class Answers:
                 yield early.pop(number, error)
 
 
-def _progress() -> Progress:
-    """A bar on stderr while it is a terminal, below whatever else is printed there, gone at the end."""
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-        redirect_stdout=sys.stdout.isatty(),
-    )
+class _Bars:
+    """On stderr while it is a terminal, below whatever else is printed there, gone at the end: one bar for all files,
+    and one for each that takes a while, first for its upload and then for its computation.
+
+    Attributes:
+        shown: whether there are any.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.shown = sys.stderr.isatty()
+        self._files = files
+        self._progress = Progress(
+            BarColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not self.shown,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self._all = self._progress.add_task(f"0/{len(files)}", total=len(files))
+        self._slow: dict[int, tuple[TaskID, bool]] = {}  # the bool: it is still being sent
+
+    def hear(self, number: int, news: "ImageProgress") -> None:
+        """How far an image is; from any thread."""
+        sending = news.received < news.total
+        name = Path(self._files[number]).name
+        if sending:
+            state, share = f"{decimal(news.received)} of {decimal(news.total)} sent", news.received / news.total
+        else:
+            state, share = f"{news.computed:.0%} computed", news.computed
+        task, was_sending = self._slow.get(number, (None, sending))
+        turned = task is None or sending is not was_sending
+        if task is None:
+            task = self._progress.add_task("", total=1)
+        elif turned:
+            self._progress.reset(task)  # so that the time that is left is not told from the upload's pace
+        self._slow[number] = task, sending
+        self._progress.update(task, completed=share, description=f"{name}: {state}", refresh=turned)
+
+    def end(self, number: int) -> None:
+        """An image is done, and all before it."""
+        if number in self._slow:
+            self._progress.remove_task(self._slow.pop(number)[0])
+        self._progress.update(self._all, completed=number + 1, description=f"{number + 1}/{len(self._files)}")
+
+    def __enter__(self) -> "_Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fullframe.engine.query import Answer
-    from fullframe.model.contract import Contract
 
 ImagesArgument = Annotated[
     list[str], typer.Argument(metavar="IMAGE", help="Files, folders (searched through), globs.", show_default=False)
@@ -41,7 +41,7 @@ def classify(
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Classes for each image.")] = 5,
     explain: Annotated[
         Path | None,
-        typer.Option(metavar="OUT.png", help="Draw where the image shows its best class, at its own resolution."),
+        typer.Option(metavar="OUT.png", help="Draw where the image shows its best class, over the image."),
     ] = None,
     as_json: JsonOption = False,
     server: ServerOption = "",
@@ -57,7 +57,7 @@ def classify(
     if explain and len(files) != 1:
         raise typer.BadParameter(f"takes one image, not {len(files)}", param_hint="--explain")
     with asked(server, model, engine, precision, max_megapixels, timeout) as chosen:
-        answers = Answers(files, chosen.stream(files, top_k=top_k, class_map=explain is not None))
+        answers = Answers(files, partial(chosen.stream, files, top_k=top_k, **_map_for(explain, chosen)))
         outcomes = _explained(answers, explain, chosen, max_megapixels) if explain else answers
         _print_classes(outcomes, as_json)
     raise typer.Exit(1 if answers.failed else 0)
@@ -97,7 +97,7 @@ def embed(
         raise typer.BadParameter(str(error), param_hint="--pooling") from error
     files = find_images(images)
     with asked(server, model, engine, precision, max_megapixels, timeout) as chosen:
-        answers = Answers(files, chosen.stream(files, top_k=0, poolings=[parsed]))
+        answers = Answers(files, partial(chosen.stream, files, top_k=0, poolings=[parsed]))
         if output:
             _write_features(output, answers)
         else:
@@ -183,27 +183,20 @@ def _write_features(path: Path, outcomes: Outcomes) -> None:
     complain(f"wrote {path}: {len(files)} x {length} features")
 
 
+def _map_for(explain: Path | None, chosen: Asked) -> dict[str, Any]:
+    """What to ask for besides classes."""
+    if explain is None:
+        return {}
+    from fullframe.cli.explain import longest_map_side
+
+    return {"class_map": True, "max_map_side": longest_map_side(chosen.contract)}
+
+
 def _explained(outcomes: Outcomes, path: Path, chosen: Asked, megapixels: float) -> Iterator[Any]:
     """The same outcomes; an answer's best class is drawn over its picture into `path`."""
-    from fullframe.image import Limits, encode_png, open_source
-    from fullframe.image.overlay import draw_class_map
+    from fullframe.cli.explain import explain
 
     for file, outcome in outcomes:
         yield file, outcome
-        if isinstance(outcome, FullframeError) or outcome.class_map is None:
-            continue
-        best, contract = outcome.classes[0], chosen.contract
-        pixels = open_source(
-            file, Limits(max_pixels=max(round(megapixels * 1e6), outcome.height * outcome.width))
-        ).pixels()
-        drawn = draw_class_map(
-            pixels, outcome.class_map[best.index], stride=contract.stride, start=_first_centre(contract)
-        )
-        path.write_bytes(encode_png(drawn))
-        complain(f"wrote {path}: where it looks like {best.label}")
-
-
-def _first_centre(contract: "Contract") -> tuple[float, float]:
-    """The middle of what the feature map's first cell sees, in pixels from the first pixel's centre."""
-    (top, left), (height, width) = contract.start, contract.receptive_field
-    return top + (height - 1) / 2, left + (width - 1) / 2
+        if not isinstance(outcome, FullframeError):
+            complain(explain(file, outcome, chosen.contract, path, megapixels))

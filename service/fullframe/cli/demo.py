@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -54,7 +55,8 @@ def demo(
         served = client.model()
         console().print(f"A server on {target} answers with the model {served.name!r}.\n", markup=False)
         # One at a time, so that the times are those of a picture that has the server to itself.
-        answers = Answers(names, client.stream(sources, top_k=3, poolings=["avg"], in_flight=1))
+        asked = partial(client.stream, sources, top_k=3, poolings=["avg"], in_flight=1)
+        answers = Answers(names, asked)
         rows = [_row(name, answer) for name, answer in answers if not isinstance(answer, FullframeError)]
     headings = ("picture", "size", "most probable classes", "features", "decode ms", "queue ms", "compute ms")
     print_table(headings, rows, right=(1, 3, 4, 5, 6))

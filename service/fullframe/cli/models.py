@@ -1,13 +1,12 @@
 """`models` and `inspect`: what can be asked, on a server or in files, in a readable form."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fullframe.cli.options import JsonOption, ServerOption
+from fullframe.cli.options import JsonOption, ServerOption, pixels_of
 from fullframe.cli.show import console, print_json, print_table, size_text
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def inspect(
     if graph:
         if server:
             raise typer.BadParameter("a server does not tell its models' graphs; give a file", param_hint="--graph")
-        _print_graphs(model, _pixels(size) if size else None, as_json)
+        _print_graphs(model, pixels_of(size) if size else None, as_json)
         return
     name, _, version = model.partition("/")
     found = list(_served(server, name, version) if server else _stored([model] if model else []))
@@ -115,13 +114,15 @@ def _print_contract(model: _Listed) -> None:
         "model": f"{model.name}, version {model.version}",
         "classes": f"{len(contract.labels)}: {', '.join(contract.labels)}",
         "features": f"{contract.feature_channels} channels, pooled by {contract.pooling}",
-        "logits": contract.logits + (", so class maps explain them" if contract.has_class_map else ""),
+        "logits": contract.logits
+        + (", so class maps explain them" if contract.has_class_map else ", of a huge image's merged features too"),
         "precision": contract.precision,
         "stride": f"{size_text(*contract.stride)} pixels (width x height) between cells of the feature map",
         "receptive field": f"{size_text(*contract.receptive_field)} pixels seen by one cell",
         "first cell": f"sees from pixel {contract.start[1]}, {contract.start[0]} (x, y)",
         "smallest image": f"{size_text(*contract.smallest_size)} pixels",
         "tiles": _tiles_text(contract.tiles),
+        **({"batches": "of images of different sizes, which it is told as sizes [N, 2]"} if contract.ragged else {}),
         "normalisation": contract.normalisation,
         "training": contract.training,
     }
@@ -137,14 +138,6 @@ def _tiles_text(tiles: "Tiles | None") -> str:
     if tiles.possible:
         return f"possible, from multiples of {size_text(*tiles.alignment)} pixels"
     return "not possible: " + "; ".join(tiles.obstacles)
-
-
-def _pixels(size: str) -> tuple[int, int]:
-    """Height and width of what a user writes as WxH."""
-    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", size)
-    if match is None:
-        raise typer.BadParameter(f"{size!r} is no size; write 640x480 (width x height)", param_hint="--size")
-    return int(match[2]), int(match[1])
 
 
 def _print_graphs(model: str, size: tuple[int, int] | None, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """Options that several subcommands share, and the model that they choose."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,3 +74,11 @@ def asked(
     limits = Limits(max_pixels=int(megapixels * 1e6), max_bytes=_ANY_BYTES)  # files are read in place
     with load(model or None, engine, precision=precision, limits=limits) as predictor:
         yield Asked(predictor.stream, predictor.contract)
+
+
+def pixels_of(size: str) -> tuple[int, int]:
+    """Height and width of what a user writes as WxH; raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", size)
+    if match is None:
+        raise typer.BadParameter(f"{size!r} is no size; write 640x480 (width x height)", param_hint="--size")
+    return int(match[2]), int(match[1])

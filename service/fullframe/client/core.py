@@ -3,9 +3,12 @@
 With a blocking transport no coroutine here ever suspends, so that plain code can run one to its end: see `finish`.
 """
 
+import os
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 from google.protobuf.message import Message
@@ -18,8 +21,9 @@ from fullframe.client.messages import (
     image_message,
     options_message,
     served_model,
-    upload_messages,
 )
+from fullframe.client.uploads import StoredFile, Upload, stored_file
+from fullframe.engine.progress import OnProgress, OnStreamProgress, Progress
 from fullframe.engine.query import Answer, Query
 from fullframe.errors import DeadlinePassed, FullframeError, InvalidInput, Overloaded, ServerError, Unavailable
 from fullframe.v1 import vision_pb2 as pb
@@ -109,23 +113,36 @@ class Core:
     """The questions a client can ask.
 
     Args:
-        timeout: seconds a call may take, retries included; in a stream, the longest wait for the next answer.
+        timeout: seconds a call may take, retries included; in a stream, the longest wait for the next answer; in an
+            upload, for news of it.
         retries: attempts after the first; in a stream, since its last answer.
     """
 
     def __init__(self, transport: Transport, timeout: float, retries: int) -> None:
         self.transport = transport
         self._timeout, self._retries = timeout, retries
-        self._longest: int | None = None  # bytes of a message that the server takes, once asked
+        self._limits: pb.Limits | None = None  # what the server takes, once asked
 
-    async def predict(self, image: Any, query: Query, model: pb.ModelRef) -> Answer:
-        """The answer for one image."""
-        return await self._predict(await self._load(image), options_message(query), model)
+    async def predict(
+        self, image: Any, query: Query, model: pb.ModelRef, on_progress: OnProgress | None = None
+    ) -> Answer:
+        """The answer for one image; `on_progress` hears of an upload."""
+        options, loaded = options_message(query), await self._load(image)
+        if isinstance(loaded, StoredFile) or await self._too_long(loaded):
+            return await self._upload(loaded, options, model, on_progress)
+        request = pb.PredictRequest(model=model, images=[loaded], options=options)
+        response: pb.PredictResponse = await self._unary("Predict", request)
+        return _settle(response.results[0])
 
     async def stream(
-        self, images: Any, query: Query, model: pb.ModelRef, in_flight: int
+        self,
+        images: Any,
+        query: Query,
+        model: pb.ModelRef,
+        in_flight: int,
+        on_progress: OnStreamProgress | None = None,
     ) -> AsyncGenerator[tuple[int, Answer | FullframeError], None]:
-        """Answers as they come, each with its image's number."""
+        """Answers as they come, each with its image's number; `on_progress` hears of uploads."""
         if in_flight < 1:
             raise InvalidInput(f"in_flight is {in_flight}; it must be at least 1", "in_flight")
         options = options_message(query)
@@ -146,8 +163,9 @@ class Core:
                         ended = True
                         continue
                     number += 1
-                    if failed := await self._send(stream, number, image, options, model):
-                        yield number, failed
+                    heard = on_progress and partial(on_progress, number)
+                    if settled := await self._send(stream, number, image, options, model, heard):
+                        yield number, settled
                 else:
                     raise DeadlinePassed(f"no answer within {self._timeout:g} s")
             await stream.end()
@@ -169,77 +187,125 @@ class Core:
         response: pb.GetModelResponse = await self._unary("GetModel", pb.GetModelRequest(model=ref))
         return served_model(response.model)
 
-    async def _predict(self, image: pb.Image, options: pb.PredictOptions, model: pb.ModelRef) -> Answer:
-        if await self._too_long(image):
-            return await self._upload(image, options, model)
-        request = pb.PredictRequest(model=model, images=[image], options=options)
-        response: pb.PredictResponse = await self._unary("Predict", request)
-        return _settle(response.results[0])
-
     async def _send(
-        self, stream: "_Stream", number: int, image: Any, options: pb.PredictOptions, model: pb.ModelRef
+        self,
+        stream: "_Stream",
+        number: int,
+        image: Any,
+        options: pb.PredictOptions,
+        model: pb.ModelRef,
+        on_progress: OnProgress | None,
     ) -> Answer | FullframeError | None:
         """Send an image; returns its outcome where there is one at once: it cannot be read, or went by itself."""
         try:
-            message = await self._load(image)
-            if await self._too_long(message):
-                return await self._upload(message, options, model)
+            loaded = await self._load(image)
+            if isinstance(loaded, StoredFile) or await self._too_long(loaded):
+                return await self._upload(loaded, options, model, on_progress)
         except FullframeError as error:
             return error
-        request = pb.PredictStreamRequest(request_id=str(number), model=model, image=message, options=options)
+        request = pb.PredictStreamRequest(request_id=str(number), model=model, image=loaded, options=options)
         await stream.send(request)
         return None
 
-    async def _load(self, image: Any) -> pb.Image:
+    async def _load(self, image: Any) -> pb.Image | StoredFile:
+        """An image as it travels in a message; a file that is beyond one is left where it is."""
         if isinstance(image, bytes):  # nothing to wait for
             return image_message(image)
+        if isinstance(image, str | os.PathLike):
+            file = await self.transport.off_loop(stored_file, Path(image))
+            if file is not None and await self._beyond(file.size, True):
+                return file
         return await self.transport.off_loop(image_message, image)
 
     async def _too_long(self, image: pb.Image) -> bool:
-        size = image.ByteSize() + _AROUND_IMAGE
-        if size <= _SMALL:
+        encoded = image.WhichOneof("source") == "encoded"
+        return await self._beyond(len(image.encoded if encoded else image.raw.data), encoded)
+
+    async def _beyond(self, size: int, encoded: bool) -> bool:
+        """Whether a file, or pixels, of `size` bytes are more than the server takes in a message."""
+        if size + _AROUND_IMAGE <= _SMALL:
             return False
-        if self._longest is None:
+        if self._limits is None:
             response: pb.GetModelResponse = await self._unary("GetModel", pb.GetModelRequest())
-            self._longest = response.limits.max_message_bytes
-        return size > self._longest
+            self._limits = response.limits
+        limits = self._limits
+        return size + _AROUND_IMAGE > limits.max_message_bytes or (encoded and size > limits.max_image_bytes)
 
-    async def _upload(self, image: pb.Image, options: pb.PredictOptions, model: pb.ModelRef) -> Answer:
-        data = await self.transport.off_loop(file_of, image)
+    async def _upload(
+        self,
+        image: pb.Image | StoredFile,
+        options: pb.PredictOptions,
+        model: pb.ModelRef,
+        on_progress: OnProgress | None,
+    ) -> Answer:
+        file = image if isinstance(image, StoredFile) else await self.transport.off_loop(file_of, image)
+        upload = Upload(file, model, options)
+        return _settle(await self._retried(partial(self._send_file, upload, on_progress)))
 
-        async def attempt(timeout: float) -> pb.Prediction:
-            call = self.transport.duplex("PredictUpload", upload_messages(data, model, options), timeout)
-            result: pb.Prediction | None = None
-            try:
-                await call.wait()
-                while (response := await call.receive()) is not None:
-                    if response.HasField("done"):
-                        result = response.done.result
-                    await call.wait()
-            finally:
-                call.close()
-            if result is None:
-                raise ServerError("the upload ended without an answer", "INTERNAL")
-            return result
-
-        return _settle(await self._retried(attempt))
+    async def _send_file(self, upload: Upload, on_progress: OnProgress | None, patience: "_Patience") -> pb.Prediction:
+        """Upload a file from its beginning; asking twice does no harm."""
+        call = self.transport.duplex("PredictUpload", upload.messages())
+        result: pb.Prediction | None = None
+        try:
+            while (response := await _news(call, patience)) is not None:
+                patience.renew()
+                upload.let_go()
+                if response.HasField("done"):
+                    result = response.done.result
+                elif on_progress is not None:
+                    progress = response.progress
+                    on_progress(Progress(progress.received_bytes, upload.size, progress.computed))
+        except InvalidInput:
+            if upload.error is not None:  # the server only saw the file end
+                raise upload.error from None
+            raise
+        finally:
+            upload.let_go()
+            call.close()
+        if result is None:
+            raise ServerError("the upload ended without an answer", "INTERNAL")
+        return result
 
     async def _unary(self, method: str, request: Message) -> Any:
-        return await self._retried(lambda timeout: self.transport.unary(method, request, timeout))
+        return await self._retried(lambda patience: self.transport.unary(method, request, patience.left()))
 
-    async def _retried(self, attempt: Callable[[float], Coroutine[Any, Any, T]]) -> T:
-        """What `attempt` returns, given the seconds that are left; tried again where that may help and time allows."""
-        last = time.monotonic() + self._timeout
+    async def _retried(self, attempt: "Callable[[_Patience], Coroutine[Any, Any, T]]") -> T:
+        """What `attempt` returns; tried again where that may help and time allows."""
+        patience = _Patience(self._timeout)
         attempts = 0
         while True:
             attempts += 1
             try:
-                return await attempt(last - time.monotonic())
+                return await attempt(patience)
             except (Unavailable, Overloaded) as error:
                 delay = _delay(error, attempts)
-                if attempts > self._retries or time.monotonic() + delay >= last:
+                if attempts > self._retries or delay >= patience.left():
                     raise
                 await self.transport.sleep(delay)
+
+
+class _Patience:
+    """How long a call is still waited for."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.renew()
+
+    def renew(self) -> None:
+        """All of it again."""
+        self._last = time.monotonic() + self.seconds
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._last - time.monotonic()
+
+
+async def _news(call: Duplex, patience: _Patience) -> Any:
+    """The next response of an upload, None after the last; raises DeadlinePassed if it takes too long."""
+    await call.wait(timeout=max(0.0, patience.left()))
+    if not call.ready():
+        raise DeadlinePassed(f"no news of the upload within {patience.seconds:g} s")
+    return await call.receive()
 
 
 class _Stream:

@@ -2,24 +2,20 @@
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from fullframe.client.uploads import unreadable
 from fullframe.engine.pooling import Pooling
 from fullframe.engine.query import Answer, ClassScore, FloatArray, Query, Timings
-from fullframe.errors import InvalidInput
 from fullframe.model.contract import FLOAT32, Contract, Tiles
 from fullframe.v1 import vision_pb2 as pb
 
 if TYPE_CHECKING:
     from fullframe.image import ImageSource
-
-CHUNK: Final = 1 << 20
-"""Bytes of a file in one message of an upload."""
 
 _NO_LIMIT: Final = 2**62  # pixels: limits are the server's to set
 
@@ -42,6 +38,7 @@ def options_message(query: Query) -> pb.PredictOptions:
         logits=query.logits,
         feature_map=query.feature_map,
         class_map=query.class_map,
+        max_map_side=query.max_map_side,
     )
 
 
@@ -58,8 +55,7 @@ def image_message(image: "ImageSource") -> pb.Image:
         try:
             return pb.Image(encoded=Path(image).read_bytes())
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise InvalidInput(f"cannot read {os.fspath(image)}: {reason}", "images") from error
+            raise unreadable(image, error) from error
     from fullframe.image import Limits, open_source  # loads libvips, which files do not need
 
     pixels = open_source(image, Limits(max_pixels=_NO_LIMIT)).pixels()
@@ -75,15 +71,6 @@ def file_of(image: pb.Image) -> bytes:
 
     pixels = np.frombuffer(image.raw.data, np.uint8)
     return encode_png(pixels.reshape(image.raw.height, image.raw.width, 3))
-
-
-def upload_messages(data: bytes, model: pb.ModelRef, options: pb.PredictOptions) -> Iterator[pb.PredictUploadRequest]:
-    """One encoded file in chunks."""
-    yield pb.PredictUploadRequest(
-        start=pb.PredictUploadRequest.Start(model=model, options=options, total_bytes=len(data))
-    )
-    for first in range(0, len(data), CHUNK):
-        yield pb.PredictUploadRequest(chunk=data[first : first + CHUNK])
 
 
 def answer_from(message: pb.Prediction) -> Answer:
@@ -118,6 +105,7 @@ def served_model(message: pb.ModelInfo) -> ServedModel:
         normalisation=more.get("normalisation", {}),
         training=more.get("training", {}),
         tiles=Tiles.from_fields(more["tiles"]) if more.get("tiles") else None,
+        ragged=more.get("ragged", False),
     )
     return ServedModel(message.model.name, message.model.version, message.default, contract)
 

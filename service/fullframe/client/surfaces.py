@@ -8,6 +8,7 @@ from fullframe.client.core import Core, finish
 from fullframe.client.messages import ServedModel
 from fullframe.client.transports import connect, connect_on_loop
 from fullframe.engine.pooling import Pooling
+from fullframe.engine.progress import OnProgress, OnStreamProgress
 from fullframe.engine.query import Answer, ClassScore, FloatArray, as_pooling, make_query
 from fullframe.errors import FullframeError
 from fullframe.v1.vision_pb2 import ModelRef
@@ -25,12 +26,14 @@ class Client:
     """Asks a fullframe server; may be shared by threads.
 
     An image is a path, a file's bytes, a uint8 array [H, W, 3] (RGB) or a PIL image. `model` and `version` name what
-    answers: "" for the server's default and its newest version. A file beyond the server's message limit is uploaded
-    in pieces.
+    answers: "" for the server's default and its newest version. A file beyond what the server takes in a message is
+    uploaded in pieces, read as they are sent; `on_progress` hears how far that and its computation are, in the caller's
+    thread.
 
     Args:
         target: "host:port", or any name that gRPC resolves.
-        timeout: seconds each call may take, retries included; in `stream`, the longest wait for the next answer.
+        timeout: seconds each call may take, retries included; in `stream`, the longest wait for the next answer; in an
+            upload, which may take as long as it moves, the longest wait for news of it.
         retries: attempts after the first, where the server cannot be reached, is stopping or full. The waits between
             them grow, and are no shorter than a full server asks for.
         wait_for_ready: wait, up to the timeout, for a server that cannot be reached.
@@ -78,12 +81,14 @@ class Client:
         logits: bool = False,
         feature_map: bool = False,
         class_map: bool = False,
+        max_map_side: int = 0,
         model: str = "",
         version: str = "",
+        on_progress: OnProgress | None = None,
     ) -> Answer:
-        """Everything asked for, from one pass over the image."""
-        query = make_query(top_k, poolings, logits, feature_map, class_map)
-        return finish(self._core.predict(image, query, ModelRef(name=model, version=version)))
+        """Everything asked for, from one pass over the image; its maps have at most `max_map_side` cells a side."""
+        query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
+        return finish(self._core.predict(image, query, ModelRef(name=model, version=version), on_progress))
 
     def stream(
         self,
@@ -94,17 +99,19 @@ class Client:
         logits: bool = False,
         feature_map: bool = False,
         class_map: bool = False,
+        max_map_side: int = 0,
         model: str = "",
         version: str = "",
         in_flight: int = DEFAULT_IN_FLIGHT,
+        on_progress: OnStreamProgress | None = None,
     ) -> Iterator[tuple[int, Answer | FullframeError]]:
         """Answers, or what went wrong, with each image's number, as they come.
 
         `images` is read in the caller's thread, never more than `in_flight` ahead of the answers. A broken connection
         is taken up again; when that fails too, its error is raised.
         """
-        query = make_query(top_k, poolings, logits, feature_map, class_map)
-        answers = self._core.stream(images, query, ModelRef(name=model, version=version), in_flight)
+        query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
+        answers = self._core.stream(images, query, ModelRef(name=model, version=version), in_flight, on_progress)
         try:
             while True:
                 try:
@@ -178,12 +185,14 @@ class AsyncClient:
         logits: bool = False,
         feature_map: bool = False,
         class_map: bool = False,
+        max_map_side: int = 0,
         model: str = "",
         version: str = "",
+        on_progress: OnProgress | None = None,
     ) -> Answer:
         """See Client.predict."""
-        query = make_query(top_k, poolings, logits, feature_map, class_map)
-        return await self._core.predict(image, query, ModelRef(name=model, version=version))
+        query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
+        return await self._core.predict(image, query, ModelRef(name=model, version=version), on_progress)
 
     async def stream(
         self,
@@ -194,14 +203,16 @@ class AsyncClient:
         logits: bool = False,
         feature_map: bool = False,
         class_map: bool = False,
+        max_map_side: int = 0,
         model: str = "",
         version: str = "",
         in_flight: int = DEFAULT_IN_FLIGHT,
+        on_progress: OnStreamProgress | None = None,
     ) -> AsyncIterator[tuple[int, Answer | FullframeError]]:
         """See Client.stream. Answers do not wait for the next of asynchronous `images`."""
-        query = make_query(top_k, poolings, logits, feature_map, class_map)
+        query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
         ref = ModelRef(name=model, version=version)
-        async with aclosing(self._core.stream(images, query, ref, in_flight)) as answers:
+        async with aclosing(self._core.stream(images, query, ref, in_flight, on_progress)) as answers:
             async for answer in answers:
                 yield answer
 

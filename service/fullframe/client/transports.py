@@ -29,6 +29,7 @@ _OPTIONS: Final = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5000),
 ]
+_FAILED_WRITE: Final = "Internal error from Core"  # grpc.aio's text
 _PARTING: Final = 1.0
 """Seconds to wait for a call's status once all its answers are there."""
 
@@ -167,7 +168,8 @@ class _OnLoop:
         return bool(response.status == HealthCheckResponse.SERVING)
 
     def duplex(self, method: str, requests: Iterable[Message] | None = None, timeout: float | None = None) -> Duplex:
-        call = getattr(self._vision, method)(requests, timeout=timeout, wait_for_ready=self._wait)
+        outgoing = None if requests is None else _read_off_loop(iter(requests))
+        call = getattr(self._vision, method)(outgoing, timeout=timeout, wait_for_ready=self._wait)
         return _AsyncDuplex(call, self._failure)
 
     def source(self, images: Iterable[Any] | AsyncIterable[Any]) -> Source:
@@ -190,6 +192,11 @@ class _OnLoop:
 
     def _failure(self, error: grpc.RpcError) -> Exception:
         return error_from_call(error, self._target, self._timeout)
+
+
+async def _read_off_loop(requests: Iterator[Message]) -> AsyncIterator[Message]:
+    while (request := await asyncio.to_thread(next, requests, None)) is not None:
+        yield request
 
 
 class _AsyncSource:
@@ -248,7 +255,7 @@ class _AsyncDuplex:
     async def receive(self) -> Any:
         response = await self._response
         if isinstance(response, grpc.aio.AioRpcError):
-            if self._cut and response.code() is grpc.StatusCode.INTERNAL:
+            if response.code() is grpc.StatusCode.INTERNAL and (self._cut or response.details() == _FAILED_WRITE):
                 # grpc.aio's own status for a failed write, in place of the one that the call has ended with.
                 raise Unavailable("the connection broke off while an image was being sent") from response
             raise self._failure(response) from response

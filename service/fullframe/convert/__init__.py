@@ -1,1 +1,1 @@
-"""Models' files made and remade: their metadata, int8 copies. Needs the onnx package, never torch."""
+"""Models' files made and remade: any classifier to the contract, metadata, int8 copies. torch only for sources in PyTorch."""

@@ -13,10 +13,13 @@ from fullframe.files import write_atomically
 from fullframe.model.contract import Contract
 
 
-def load_model(path: Path) -> onnx.ModelProto:
-    """The file's graph; raises InvalidModel where it is no ONNX file."""
+def load_model(path: Path, *, weights: bool = True) -> onnx.ModelProto:
+    """The file's graph; raises InvalidModel where it is no ONNX file.
+
+    Without weights, those in files beside it are not read.
+    """
     try:
-        return onnx.load(path)
+        return onnx.load(path, load_external_data=weights)
     except DecodeError as error:
         raise InvalidModel(f"{path.name} is no ONNX file") from error
 

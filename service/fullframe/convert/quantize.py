@@ -57,6 +57,8 @@ def quantize(model: Path, output: Path, images: Iterable[Pixels]) -> Contract:
     contract = get_contract(source)
     if contract.precision != FLOAT32:
         raise InvalidModel(f"{model.name} is {contract.precision} already; give the float32 model that it was made of")
+    if contract.ragged:
+        raise InvalidModel(f"{model.name} is for batches of different sizes; give the model that it was made of")
     nodes = _between_convolutions(source.graph)
     reader = _Reader(images, contract)
     with TemporaryDirectory() as folder, _quiet():

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fullframe.engine.maps import reduced
 from fullframe.engine.pooling import Pooling, pool
 from fullframe.engine.query import Answer, ClassScore, FloatArray, Query
 from fullframe.errors import InvalidInput
@@ -15,7 +16,7 @@ def outputs_for(query: Query, contract: Contract) -> list[str]:
     if query.class_map and not contract.has_class_map:
         raise InvalidInput("this model's head is not linear, so that it has no class map", "class_map")
     wanted = {
-        "logits": query.logits or query.top_k > 0,
+        "logits": query.wants_logits,
         "features": any(_is_own(pooling, contract) for pooling in query.poolings),
         "feature_map": query.feature_map or not all(_is_own(p, contract) for p in query.poolings),
         "class_map": query.class_map,
@@ -26,14 +27,16 @@ def outputs_for(query: Query, contract: Contract) -> list[str]:
 def answer_from(outputs: Mapping[str, FloatArray], query: Query, contract: Contract, height: int, width: int) -> Answer:
     """Build the answer for an image of height x width pixels from what `outputs_for` named."""
     logits = outputs.get("logits")
+    wanted = {"feature_map": query.feature_map, "class_map": query.class_map}
+    maps = {name: reduced(name, outputs[name], query.max_map_side) for name, asked in wanted.items() if asked}
     return Answer(
         height,
         width,
         classes=[] if logits is None else best_classes(logits, contract.labels, query.top_k),
         embeddings=[_embedding(outputs, pooling, contract) for pooling in query.poolings],
         logits=logits if query.logits else None,
-        feature_map=outputs.get("feature_map") if query.feature_map else None,
-        class_map=outputs.get("class_map"),
+        feature_map=maps.get("feature_map"),
+        class_map=maps.get("class_map"),
     )
 
 

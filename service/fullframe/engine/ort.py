@@ -1,9 +1,7 @@
 """A contract model on ONNX Runtime: pixels in, the graph's outputs out, on one core or on all."""
 
-import os
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -11,19 +9,22 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
+from fullframe.engine.machine import available_cores
 from fullframe.engine.query import FloatArray
 from fullframe.errors import InvalidInput, InvalidModel
 from fullframe.image import Pixels
-from fullframe.model.contract import INPUT, Contract, TensorInfo
+from fullframe.model.contract import INPUT, SIZES, Contract, TensorInfo
 
 ort.set_default_logger_severity(3)
 
 # A lone image of fewer pixels is done before a second core could help.
 _SHARED_PIXELS: Final = 50_000
-# From here on an image's memory is given back, which costs time: the arena would keep it for good.
-_LARGE_PIXELS: Final = 2_000_000
-# Large images take hundreds of bytes a pixel: one at a time in a process, and none is slower, as each has all cores.
-_large_turn: Final = threading.Lock()
+CPU: Final = "CPUExecutionProvider"
+LARGE_PIXELS: Final = 2_000_000
+"""From here on an image is computed on all cores, and its memory is given back, which costs time: the arena would keep
+it for good."""
+# ONNX Runtime takes so many times the memory of the maps alone: measured 1.25 to 1.45.
+_AROUND_MAPS: Final = 1.5
 
 
 @cache
@@ -31,11 +32,6 @@ def _share_arena() -> None:
     """One arena under all sessions of this process: it holds what runs at once, not what each model once ran."""
     cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(cpu, ort.OrtArenaCfg({}))
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 class OrtEngine:
@@ -95,12 +91,26 @@ class OrtEngine:
         """
         height, width, _ = pixels.shape
         self.check_size(height, width)
-        large = height * width >= _LARGE_PIXELS
+        large = height * width >= LARGE_PIXELS
         all_cores = large or (alone and height * width >= _SHARED_PIXELS)
         session = self._all_cores() if all_cores else self._one_core
-        with _large_turn if large else nullcontext():
-            results = session.run(list(outputs), {INPUT: pixels[np.newaxis]}, self._shrinking if large else None)
+        feeds = {INPUT: pixels[np.newaxis]}
+        if self.contract.ragged:
+            feeds[SIZES] = np.array([[height, width]], np.int64)
+        results = session.run(list(outputs), feeds, self._shrinking if large else None)
         return {name: result[0] for name, result in zip(outputs, results, strict=True)}
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether another device than the CPU runs the graph."""
+        return bool(self._one_core.get_providers()[0] != CPU)
+
+    @cached_property
+    def bytes_per_pixel(self) -> float:
+        """Of memory, while an image of more than a few pixels is run whole; 0 where the graph can't be followed."""
+        from fullframe.model.memory import bytes_per_pixel  # the onnx package takes a while
+
+        return _AROUND_MAPS * bytes_per_pixel(self.path)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise InvalidInput, naming the smallest size that works, if the graph can't take height x width."""
@@ -111,8 +121,12 @@ class OrtEngine:
                 "images",
             )
 
-    def open_session(self, model: Path | bytes, threads: int) -> ort.InferenceSession:
-        """A session on a file or a serialized graph with this engine's settings; raises InvalidModel."""
+    def open_session(self, model: Path | bytes, threads: int, *, spinning: bool = True) -> ort.InferenceSession:
+        """A session on a file or a serialized graph with this engine's settings; raises InvalidModel.
+
+        Args:
+            spinning: threads spin while they wait for the next operator's work: soonest done, at the cost of others.
+        """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -123,8 +137,10 @@ class OrtEngine:
         options.enable_mem_pattern = self._pattern
         # Threads that went on spinning between runs would take cores from the other workers.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(model, options, providers=[CPU])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             reason = str(error).splitlines()[0].replace(str(self.path), self.path.name)
             raise InvalidModel(f"{self.path.name} can't be loaded: {reason}") from error

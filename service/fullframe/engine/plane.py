@@ -2,27 +2,32 @@
 
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Final
 
 from fullframe.engine.answer import answer_from, outputs_for
+from fullframe.engine.machine import available_cores, available_memory
 from fullframe.engine.merge import Merging
-from fullframe.engine.ort import OrtEngine, available_cores
+from fullframe.engine.ort import LARGE_PIXELS, OrtEngine
+from fullframe.engine.progress import OnShare, unheard
 from fullframe.engine.query import Answer, Query, Timings
-from fullframe.engine.schedule import Counters, Job, Scheduler, Turn
-from fullframe.engine.tiles import Tiler
+from fullframe.engine.ragged import MASKS_SHARE, MOST_PIXELS, Decoded, RaggedBatches, ragged_engine
+from fullframe.engine.schedule import Batching, Budget, Counters, Job, Scheduler, Turn
+from fullframe.engine.tiles import Head, Tiler, memory_for_pieces
 from fullframe.errors import InvalidInput, InvalidModel, NotFound, quoted
-from fullframe.image import Limits, Picture, open_encoded, open_raw
+from fullframe.image import Limits, OnDisk, Picture, open_encoded, open_raw
 from fullframe.model.contract import Contract
 from fullframe.model.repository import Precision, find_models, version_order
 
 DEFAULT_PIXELS_IN_FLIGHT: Final = 256_000_000
 DEFAULT_TILE_PIXELS: Final = 4_000_000
+_SHARE_OF_MEMORY: Final = 0.75  # that images may take, unless told
 
 _making_tilers: Final = threading.Lock()
+_DECODED_BYTES: Final = 6  # for each pixel, the decoder's own included
 _STEP: Final = 0.1  # seconds that a huge image is worked on before others have their turn
 
 # The header of such a file is read sooner than another thread could be told to; other formats have long ones.
@@ -32,9 +37,9 @@ _QUICK_SIGNATURES: Final = (b"\xff\xd8\xff", b"\x89PNG")
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An image file's bytes."""
+    """An image file."""
 
-    data: bytes
+    data: bytes | OnDisk
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +88,15 @@ class Plane:
         models: what to serve; an empty name means the newest of those that are `default`.
         limits: what an image may be.
         workers: images worked on at once; 0 for one on each core.
-        max_pixels_in_flight: see Scheduler.
-        tile_pixels: a larger image is computed in pieces; it counts for so many pixels in flight.
+        max_pixels_in_flight: pixels queued and computed together; what would be more is refused.
+        memory_budget: bytes that images may take at once, by an estimate; what would be more is refused. 0: three
+            quarters of the machine's or the container's.
+        tile_pixels: a larger image is computed in pieces, and so is one that takes more than the memory budget; it
+            counts for so many pixels in flight.
+        batching: whether smaller ones are computed one by one or together; see schedule.Batching.
+
+    Raises:
+        InvalidModel: they are to be computed together, and a model's can't be.
     """
 
     def __init__(
@@ -94,11 +106,16 @@ class Plane:
         limits: Limits,
         workers: int = 0,
         max_pixels_in_flight: int = DEFAULT_PIXELS_IN_FLIGHT,
+        memory_budget: int = 0,
         tile_pixels: int = DEFAULT_TILE_PIXELS,
+        batching: Batching = "auto",
     ) -> None:
         self.limits, self._tile_pixels = limits, tile_pixels
         self._models = list(models)
-        self._scheduler = Scheduler(workers or available_cores(), max_pixels_in_flight)
+        budget = Budget(max_pixels_in_flight, memory_budget or round(_SHARE_OF_MEMORY * available_memory()))
+        workers = workers or available_cores()
+        self._together = dict(_batches(models, batching, budget.memory // 2 // workers))
+        self._memory_budget, self._scheduler = budget.memory, Scheduler(workers, budget)
         # Headers are read beside the queue, since admission needs their sizes.
         self._openers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="fullframe-open")
 
@@ -120,35 +137,58 @@ class Plane:
         versions = ", ".join(m.version for m in named)
         raise NotFound(f"model {named[0].name!r} has no version {quoted(version)}; served here: {versions}")
 
-    def open(self, source: EncodedImage | RawImage) -> Picture | Future[Picture]:
+    def open(self, source: EncodedImage | RawImage, limits: Limits | None = None) -> Picture | Future[Picture]:
         """Read an image's header: at once where that is quick, or on another thread.
+
+        Args:
+            limits: in place of the plane's own.
 
         Raises, now or from the future:
             InvalidInput: this is no image or is beyond the limits.
         """
+        limits = limits or self.limits
         if isinstance(source, RawImage):
-            return open_raw(source.data, source.height, source.width, self.limits)
-        if len(source.data) <= _QUICK_BYTES and source.data.startswith(_QUICK_SIGNATURES):
-            return open_encoded(source.data, self.limits)
-        return self._openers.submit(open_encoded, source.data, self.limits)
+            return open_raw(source.data, source.height, source.width, limits)
+        data = source.data
+        if isinstance(data, bytes) and len(data) <= _QUICK_BYTES and data.startswith(_QUICK_SIGNATURES):
+            return open_encoded(data, limits)
+        return self._openers.submit(open_encoded, data, limits)
 
     def submit(
-        self, model: Served, pictures: Sequence[Picture], query: Query, deadline: float | None = None
+        self,
+        model: Served,
+        pictures: Sequence[Picture],
+        query: Query,
+        deadline: float | None = None,
+        on_progress: OnShare = unheard,
     ) -> list[Future[Answer]]:
         """Queue every picture or none; each fails or succeeds on its own.
 
-        Args, raises: as Scheduler.submit, and InvalidInput for a map that the model doesn't have. The futures may also
-        raise InvalidInput, for a damaged or too small image.
+        Args, raises: as Scheduler.submit, and InvalidInput for a map that the model doesn't have; `on_progress` hears
+        of images computed in pieces. The futures may also raise InvalidInput, for a damaged or too small image.
         """
         outputs = outputs_for(query, model.contract)
-        jobs = [self._job(model, picture, query, outputs) for picture in pictures]
+        jobs = [self._job(model, picture, query, outputs, on_progress) for picture in pictures]
         return self._scheduler.submit(jobs, deadline)
 
-    def _job(self, model: Served, picture: Picture, query: Query, outputs: Sequence[str]) -> Job:
+    def _job(self, model: Served, picture: Picture, query: Query, outputs: Sequence[str], on_progress: OnShare) -> Job:
         pixels = picture.height * picture.width
-        if pixels > self._tile_pixels:
-            return Job(self._tile_pixels, partial(_answer_in_pieces, model, picture, query), in_steps=True)
-        return Job(pixels, partial(_answer, model, picture, query, outputs))
+        memory = round(pixels * (_DECODED_BYTES + model.engine.bytes_per_pixel))
+        if pixels > self._tile_pixels or memory > self._memory_budget:
+            pieces = partial(_answer_in_pieces, model, picture, query, on_progress)
+            memory = memory_for_pieces(model.engine, picture.width)
+            return Job(min(pixels, self._tile_pixels), pieces, in_steps=True, memory=memory)
+        together = None if pixels >= LARGE_PIXELS else self._together.get(model)
+        if together is not None:
+            work = partial(_decode, model, picture, query, outputs)
+            memory = round(max(pixels, together.most_pixels) * _batch_bytes(model))  # of all that it may go with
+            return Job(pixels, work, memory=memory, together=together, shape=(picture.height, picture.width))
+        return Job(pixels, partial(_answer, model, picture, query, outputs), wide=pixels >= LARGE_PIXELS, memory=memory)
+
+    def warm_up(self) -> None:
+        """Read the models' graphs for their memory, which the first image would otherwise wait for."""
+        for model in self._models:
+            _ = model.engine.bytes_per_pixel
 
     def counters(self) -> Counters:
         """What became of every image submitted."""
@@ -174,8 +214,10 @@ def open_plane(
     limits: Limits | None = None,
     workers: int = 0,
     max_pixels_in_flight: int = DEFAULT_PIXELS_IN_FLIGHT,
+    memory_budget: int = 0,
     tile_pixels: int = DEFAULT_TILE_PIXELS,
     precision: Precision = "float32",
+    batching: Batching = "auto",
 ) -> Plane:
     """Load the models that `specs` and `precision` choose (model.repository.find_models) and start the workers."""
     files = find_models(specs, precision)
@@ -185,8 +227,30 @@ def open_plane(
         limits=limits or Limits(),
         workers=workers,
         max_pixels_in_flight=max_pixels_in_flight,
+        memory_budget=memory_budget,
         tile_pixels=tile_pixels,
+        batching=batching,
     )
+
+
+def _batches(models: Sequence[Served], batching: Batching, memory: int) -> Iterator[tuple[Served, RaggedBatches]]:
+    """Those models whose images are computed together, in batches that take so many bytes at most."""
+    for model in models:
+        if (engine := ragged_engine(model.engine, batching)) is not None:
+            yield model, RaggedBatches(engine, min(MOST_PIXELS, int(memory / _batch_bytes(model))))
+
+
+def _batch_bytes(model: Served) -> float:
+    """For each pixel of a batch, padding included."""
+    return _DECODED_BYTES + MASKS_SHARE * model.engine.bytes_per_pixel
+
+
+def _decode(model: Served, picture: Picture, query: Query, outputs: Sequence[str], turn: Turn) -> Decoded:
+    """One image's part of a batch, on a worker's thread."""
+    model.engine.check_size(picture.height, picture.width)
+    started = time.monotonic()
+    pixels = picture.pixels()
+    return Decoded(pixels, query, outputs, Timings(time.monotonic() - started, turn.queued))
 
 
 def _answer(model: Served, picture: Picture, query: Query, outputs: Sequence[str], turn: Turn) -> Answer:
@@ -201,18 +265,28 @@ def _answer(model: Served, picture: Picture, query: Query, outputs: Sequence[str
     return answer
 
 
-def _answer_in_pieces(model: Served, picture: Picture, query: Query, turn: Turn) -> Generator[None, Turn, Answer]:
+def _answer_in_pieces(
+    model: Served, picture: Picture, query: Query, on_progress: OnShare, turn: Turn
+) -> Generator[None, Turn, Answer]:
     """The same for an image that is never held whole, in steps."""
     model.engine.check_size(picture.height, picture.width)
     worked = decoded = 0.0
+    cells = 0
     started = time.monotonic()
     # Before the file is opened: some are decoded whole then.
     tiler = model.tiler
-    merging = Merging(query, model.contract, tiler.map_size(picture.height, picture.width))
+    rows, columns = tiler.map_size(picture.height, picture.width)
+    merging = Merging(query, model.contract, (rows, columns), _head(tiler, query))
+
+    def is_alone() -> bool:
+        return turn.alone
+
     with picture.regions() as regions:
-        for piece in tiler.pieces(regions, merging.outputs):
+        for piece in tiler.pieces(regions, merging.outputs, is_alone):
             merging.add(piece)
             decoded += piece.read_seconds
+            cells += next(iter(piece.maps.values()))[0].size
+            on_progress(cells / (rows * columns))
             if (spent := time.monotonic() - started) > _STEP:
                 worked += spent
                 turn = yield
@@ -221,3 +295,15 @@ def _answer_in_pieces(model: Served, picture: Picture, query: Query, turn: Turn)
     worked += time.monotonic() - started
     answer.timings = Timings(decoded, turn.queued, worked - decoded)
     return answer
+
+
+def _head(tiler: Tiler, query: Query) -> Head | None:
+    """What finishes the logits, if any are asked for and they are not the class map's mean."""
+    try:
+        return tiler.head if query.wants_logits else None
+    except InvalidModel as error:
+        raise InvalidInput(
+            f"an image of this size must be computed in pieces, and this model's logits can't be, as {error}: "
+            "ask for embeddings and no classes (top_k 0)",
+            "top_k",
+        ) from error

@@ -4,11 +4,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
 from fullframe.engine.plane import Plane, Served, open_plane
 from fullframe.engine.pooling import Pooling
+from fullframe.engine.progress import OnProgress, OnStreamProgress, Progress, unheard
 from fullframe.engine.query import Answer, ClassScore, FloatArray, Query, as_pooling, make_query
 from fullframe.errors import FullframeError, InvalidInput, NotFound, Overloaded
 from fullframe.image import ImageSource, Limits, open_source
@@ -20,6 +22,8 @@ ENGINES: Final = ("auto", "onnx")
 
 class Predictor:
     """One model on this machine; an image is a path, bytes, a PIL image or a uint8 array [H, W, 3].
+
+    `on_progress` hears, on another thread, how far an image is that is computed in pieces; what it raises ends that.
 
     Each call raises InvalidInput for what is no image, is beyond the limits or too small for the model.
     """
@@ -50,10 +54,12 @@ class Predictor:
         logits: bool = False,
         feature_map: bool = False,
         class_map: bool = False,
+        max_map_side: int = 0,
+        on_progress: OnProgress | None = None,
     ) -> Answer:
-        """Everything asked for, from one pass over the image."""
-        query = make_query(top_k, poolings, logits, feature_map, class_map)
-        return self._submit(image, query).result()
+        """Everything asked for, from one pass over the image; its maps have at most `max_map_side` cells a side."""
+        query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
+        return self._submit(image, query, on_progress).result()
 
     def stream(
         self,
@@ -64,7 +70,9 @@ class Predictor:
         logits: bool = False,
         feature_map: bool = False,
         class_map: bool = False,
+        max_map_side: int = 0,
         in_flight: int = 16,
+        on_progress: OnStreamProgress | None = None,
     ) -> Iterator[tuple[int, Answer | FullframeError]]:
         """Answers, or what went wrong, with each image's number, in order; at most `in_flight` are worked on at once.
 
@@ -72,7 +80,7 @@ class Predictor:
         """
         if in_flight < 1:
             raise InvalidInput(f"in_flight is {in_flight}; it must be at least 1", "in_flight")
-        query = make_query(top_k, poolings, logits, feature_map, class_map)
+        query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
         waiting: deque[tuple[int, Future[Answer] | FullframeError]] = deque()
         numbered = enumerate(images)
         upcoming = next(numbered, None)
@@ -80,7 +88,8 @@ class Predictor:
             while upcoming and len(waiting) < in_flight:
                 number, image = upcoming
                 try:
-                    waiting.append((number, self._submit(image, query)))
+                    heard = on_progress and partial(on_progress, number)
+                    waiting.append((number, self._submit(image, query, heard)))
                 except Overloaded as full:
                     if waiting:
                         break
@@ -110,9 +119,10 @@ class Predictor:
     ) -> None:
         self.close()
 
-    def _submit(self, image: ImageSource, query: Query) -> Future[Answer]:
+    def _submit(self, image: ImageSource, query: Query, on_progress: OnProgress | None) -> Future[Answer]:
         picture = open_source(image, self._plane.limits)
-        return self._plane.submit(self._model, [picture], query)[0]
+        hear = unheard if on_progress is None else lambda share: on_progress(Progress(0, 0, share))
+        return self._plane.submit(self._model, [picture], query, on_progress=hear)[0]
 
 
 def load(

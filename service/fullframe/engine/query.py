@@ -19,7 +19,9 @@ class Query:
     Attributes:
         top_k: how many classes, best first (more than there are: all of them); 0 for none.
         poolings: one embedding each, in this order.
-        logits, feature_map, class_map: return these whole.
+        logits, feature_map, class_map: return these.
+        max_map_side: cells on the longer side of a map that is returned; a larger one is reduced to so many, each the
+            mean of an equal share of the map's area. 0: maps are returned as they are.
     """
 
     top_k: int = 5
@@ -27,6 +29,12 @@ class Query:
     logits: bool = False
     feature_map: bool = False
     class_map: bool = False
+    max_map_side: int = 0
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether they must be computed, for themselves or for classes."""
+        return self.logits or self.top_k > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ class Answer:
         embeddings: float32 [D], one per pooling of the query.
         logits: float32 [K].
         feature_map: float32 [C, h, w].
-        class_map: float32 [K, h, w]; its spatial mean is the logits.
+        class_map: float32 [K, h, w]; its spatial mean is the logits, reduced or not.
     """
 
     height: int
@@ -75,12 +83,15 @@ def make_query(
     logits: bool = False,
     feature_map: bool = False,
     class_map: bool = False,
+    max_map_side: int = 0,
 ) -> Query:
     """A query from what people write; raises InvalidInput naming the argument."""
     if top_k < 0:
         raise InvalidInput(f"top_k is {top_k}; it must be 0 (no classes) or more", "top_k")
+    if max_map_side < 0:
+        raise InvalidInput(f"max_map_side is {max_map_side}; it must be 0 (maps as they are) or more", "max_map_side")
     parsed = tuple(as_pooling(pooling, normalize=False) for pooling in poolings)
-    return Query(top_k, parsed, logits, feature_map, class_map)
+    return Query(top_k, parsed, logits, feature_map, class_map, max_map_side)
 
 
 def as_pooling(pooling: str | Pooling, normalize: bool) -> Pooling:

@@ -1,19 +1,26 @@
-"""Which image is worked on next: a bounded pool of workers behind a queue that is measured in pixels."""
+"""Which image is worked on next: a bounded pool of workers behind a queue with budgets of pixels and of memory."""
 
 import threading
 import time
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from itertools import islice
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
 
 _FIRST_RATE: Final = 2e6  # pixels a second on one worker, assumed until jobs have been timed
 _MEMORY: Final = 0.95  # how much of the past each new timing leaves in the rate
 _SHORTEST_RETRY: Final = 0.1  # seconds
+_CANDIDATES: Final = 256  # jobs looked at for company: enough for a good choice, and soon done
+
+Batching = Literal["auto", "one", "ragged"]
+"""How images that wait are worked on: one by one, together in batches of different sizes, or as suits the device. A CPU
+gains nothing from batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +40,46 @@ class Job:
         work: a function of the job's turn.
         in_steps: `work` is a generator function; what it returns is the result. It is sent the next turn where it
             yields, when others have had theirs; there it can be cancelled, and its deadline can pass.
+        wide: it is computed on all cores, so that two at once would gain nothing: one runs at a time, and leaves the
+            other workers to the rest. A job in steps is.
+        memory: bytes that it takes while it runs; in steps, from its first to its last.
+        together: a worker that takes the job also takes others that have this same object and that it chooses. `work`
+            then only prepares: what it returns is a part of what they are worked on together.
+        shape: height and width, for that choice.
     """
 
     pixels: int
     work: Callable[[Turn], Any]
     in_steps: bool = False
+    wide: bool = False
+    memory: int = 0
+    together: "Together | None" = None
+    shape: tuple[int, int] = (0, 0)
+
+
+class Together(Protocol):
+    """How jobs are worked on together."""
+
+    def choose(self, first: Job, others: Sequence[Job]) -> Sequence[int]:
+        """The numbers of those among the others, which wait, that are to go with the first."""
+
+    def work(self, prepared: Sequence[Any]) -> Sequence[Any]:
+        """For each of what jobs prepared its result, or the exception that is its own failure."""
+
+
+class Budget(NamedTuple):
+    """What jobs take, or may take, together: pixels queued and running, and bytes of memory held at once."""
+
+    pixels: int
+    memory: int = 2**62
 
 
 @dataclass(slots=True)
 class Counters:
     """What became of the jobs: created = queued + running + finished + failed + cancelled + expired, always.
 
-    `refused` requests never became jobs; `pixels_in_flight` counts queued and running jobs.
+    `refused` requests never became jobs; `pixels_in_flight` counts queued and running jobs, `memory_in_flight` the
+    bytes that these could hold at once.
     """
 
     created: int = 0
@@ -56,6 +91,42 @@ class Counters:
     expired: int = 0
     refused: int = 0
     pixels_in_flight: int = 0
+    memory_in_flight: int = 0
+
+
+class _Taken:
+    """What jobs in flight take, on so many workers."""
+
+    def __init__(self, workers: int, jobs: Sequence[Job] = ()) -> None:
+        self._workers = workers
+        self._pixels = self._stepping = 0
+        self._wide: list[int] = []  # bytes, in order
+        self._narrow: list[int] = []
+        for job in jobs:
+            self.add(job)
+
+    def add(self, job: Job) -> None:
+        self._pixels += job.pixels
+        if job.in_steps:
+            self._stepping += job.memory
+        else:
+            insort(self._wide if job.wide else self._narrow, job.memory)
+
+    def remove(self, job: Job) -> None:
+        self._pixels -= job.pixels
+        if job.in_steps:
+            self._stepping -= job.memory
+        else:
+            found = self._wide if job.wide else self._narrow
+            del found[bisect_left(found, job.memory)]
+
+    def total(self) -> Budget:
+        """At the worst: the largest run together, and all that go in steps have begun."""
+        largest = self._narrow[-self._workers :]
+        crowd = sum(largest)
+        if self._wide:
+            crowd = max(crowd, self._wide[-1] + sum(largest[1:] if len(largest) == self._workers else largest))
+        return Budget(self._pixels, self._stepping + crowd)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,11 +137,21 @@ class _Entry:
     entered: float = field(default_factory=time.monotonic)
     waited: float = 0.0
     steps: Generator[None, Turn, Any] | None = None
+    prepared: Any = None
+
+    @property
+    def wide(self) -> bool:
+        return self.job.wide or self.job.in_steps
 
     def close(self) -> None:
-        """Let go of what a job in steps holds."""
+        """Let go of the image: the future, which others may keep, holds this by its callback."""
         if self.steps is not None:
             self.steps.close()
+        del self.job, self.steps
+
+
+_Outcome = tuple[str, Callable[[], object]]
+"""The name of a counter, and what tells the future."""
 
 
 class Scheduler:
@@ -78,11 +159,13 @@ class Scheduler:
 
     Args:
         workers: jobs worked on at once.
-        max_pixels: how many pixels may be queued and running together; a request beyond that is refused whole.
+        budget: what the jobs queued and running may take together; a request beyond that is refused whole.
     """
 
-    def __init__(self, workers: int, max_pixels: int) -> None:
-        self.max_pixels = max_pixels
+    def __init__(self, workers: int, budget: Budget) -> None:
+        self._workers, self._budget = workers, budget
+        self._taken = _Taken(workers)
+        self._wide_runs = False
         self._counters = Counters()
         self._queue: deque[_Entry] = deque()
         self._lock = threading.Lock()
@@ -109,13 +192,11 @@ class Scheduler:
             Overloaded: there is no room for them now.
             Unavailable: draining.
         """
-        pixels = sum(job.pixels for job in jobs)
         entries = [_Entry(job, float("inf") if deadline is None else deadline) for job in jobs]
         with self._lock:
-            self._admit(pixels)
+            self._admit(jobs)
             self._counters.created += len(entries)
             self._counters.queued += len(entries)
-            self._counters.pixels_in_flight += pixels
             self._queue.extend(entries)
             self._arrived.notify(len(entries))
         for entry in entries:
@@ -125,7 +206,8 @@ class Scheduler:
     def counters(self) -> Counters:
         """A consistent copy of the counts at this moment."""
         with self._lock:
-            return replace(self._counters)
+            pixels, memory = self._taken.total()
+            return replace(self._counters, pixels_in_flight=pixels, memory_in_flight=memory)
 
     def healthy(self) -> bool:
         """Whether every worker is there to take a job."""
@@ -145,27 +227,35 @@ class Scheduler:
             self._arrived.notify_all()
         for future in waiting:
             future.cancel()
+        with self._lock:
+            self._arrived.notify_all()  # for those that waited for a wide job's turn
         for thread in self._threads:
             thread.join()
 
-    def _admit(self, pixels: int) -> None:
+    def _admit(self, jobs: Sequence[Job]) -> None:
         if self._draining:
             raise Unavailable("shutting down: ask another server, or this one later")
-        if pixels > self.max_pixels:
-            raise InvalidInput(
-                f"the request holds {_megapixels(pixels)}; at most {_megapixels(self.max_pixels)} can be in flight: "
-                "send its images in several requests",
-                "images",
-            )
-        in_flight = self._counters.pixels_in_flight
-        if in_flight + pixels > self.max_pixels:
-            self._counters.refused += 1
-            rate = self._timed_pixels / self._timed_seconds * len(self._threads)
-            raise Overloaded(
-                f"{_megapixels(in_flight)} of {_megapixels(self.max_pixels)} are in flight: "
-                f"no room for {_megapixels(pixels)} now",
-                retry_after=max(_SHORTEST_RETRY, (in_flight + pixels - self.max_pixels) / rate),
-            )
+        for needed, most, text in zip(_Taken(self._workers, jobs).total(), self._budget, _TEXTS, strict=True):
+            if needed > most:
+                rather = "send its images in several requests" if len(jobs) > 1 else "send a smaller image"
+                raise InvalidInput(
+                    f"the request takes {text(needed)}; at most {text(most)} can be in flight: {rather}", "images"
+                )
+        before = self._taken.total()
+        for job in jobs:
+            self._taken.add(job)
+        after = self._taken.total()
+        for held, needed, most, text in zip(before, after, self._budget, _TEXTS, strict=True):
+            if needed > most:
+                for job in jobs:
+                    self._taken.remove(job)
+                self._counters.refused += 1
+                rate = self._timed_pixels / self._timed_seconds * self._workers
+                raise Overloaded(
+                    f"{text(held)} of {text(most)} are in flight: no room for {text(needed - held)} now",
+                    # As long as so large a share of the pixels takes.
+                    retry_after=max(_SHORTEST_RETRY, (needed - most) / needed * after.pixels / rate),
+                )
 
     def _drop_if_cancelled(self, entry: _Entry, future: Future[Any]) -> None:
         if not future.cancelled():
@@ -181,25 +271,37 @@ class Scheduler:
 
     def _serve(self) -> None:
         while (taken := self._take()) is not None:
-            entry, alone = taken
+            entries, alone = taken
             started = time.monotonic()
-            entry.waited += started - entry.entered
-            outcome, deliver = self._run(entry, Turn(entry.waited, alone), started)
+            for entry in entries:
+                entry.waited += started - entry.entered
+            outcomes = self._run_together(entries) if entries[0].job.together else [self._run(entries[0], alone)]
+            seconds = (time.monotonic() - started) / len(entries)
             with self._lock:
-                self._counters.running -= 1
-                if outcome == "paused":
-                    outcome, deliver = self._pause(entry)
-                elif outcome == "finished" and not entry.job.in_steps:
-                    self._timed_pixels = _MEMORY * self._timed_pixels + entry.job.pixels
-                    self._timed_seconds = _MEMORY * self._timed_seconds + time.monotonic() - started
+                outcomes = [self._settle(entry, *each, seconds) for entry, each in zip(entries, outcomes, strict=True)]
+            # After the counting, so that whoever has an answer finds it counted.
+            for entry, (outcome, deliver) in zip(entries, outcomes, strict=True):
+                deliver()
                 if outcome != "paused":
-                    self._end(entry, outcome)
-            deliver()  # after the counting, so that whoever has an answer finds it counted
-            if outcome != "paused":
-                entry.close()
-            del taken, entry, deliver  # an idle worker must not keep the last image alive
+                    entry.close()
+            del taken, entries, entry, outcomes, deliver  # an idle worker must not keep the last image alive
 
-    def _pause(self, entry: _Entry) -> tuple[str, Callable[[], object]]:
+    def _settle(self, entry: _Entry, outcome: str, deliver: Callable[[], object], seconds: float) -> _Outcome:
+        """Count what became of a job; returns the same, or what it has become since."""
+        self._counters.running -= 1
+        if entry.wide:
+            self._wide_runs = False
+            self._arrived.notify()  # another such may have waited for it
+        if outcome == "paused":
+            outcome, deliver = self._pause(entry)
+        elif outcome == "finished" and not entry.job.in_steps:
+            self._timed_pixels = _MEMORY * self._timed_pixels + entry.job.pixels
+            self._timed_seconds = _MEMORY * self._timed_seconds + seconds
+        if outcome != "paused":
+            self._end(entry, outcome)
+        return outcome, deliver
+
+    def _pause(self, entry: _Entry) -> _Outcome:
         """Queue a job in steps again, behind the others, unless it is not wanted any more."""
         if self._closed or entry.future.cancelled():
             return "cancelled", entry.future.cancel
@@ -209,34 +311,74 @@ class Scheduler:
         self._arrived.notify()
         return "paused", lambda: None
 
-    def _take(self) -> tuple[_Entry, bool] | None:
-        """The next job, and whether it has the machine to itself; None when there will be no more."""
+    def _take(self) -> tuple[list[_Entry], bool] | None:
+        """The next job, those that go with it, and whether it has the machine to itself; None: no more will come."""
         with self._lock:
-            while not self._queue:
-                if self._closed:
+            while (entry := self._next()) is None:
+                if self._closed and not self._queue:
                     return None
                 self._arrived.wait()
-            entry = self._queue.popleft()
-            self._counters.queued -= 1
-            self._counters.running += 1
-            return entry, self._counters.running == 1 and not self._queue
+            entries = [entry, *self._companions(entry)]
+            for each in entries:
+                self._queue.remove(each)
+            self._counters.queued -= len(entries)
+            self._counters.running += len(entries)
+            self._wide_runs |= entry.wide
+            return entries, self._counters.running == 1 and self._next() is None
 
-    def _run(self, entry: _Entry, turn: Turn, now: float) -> tuple[str, Callable[[], object]]:
-        """The outcome, or "paused" where there are more steps, and what tells the future of it."""
-        future = entry.future
+    def _companions(self, entry: _Entry) -> list[_Entry]:
+        together = entry.job.together
+        if together is None:
+            return []
+        alike = (each for each in self._queue if each.job.together is together and each is not entry)
+        others = list(islice(alike, _CANDIDATES))
+        return [others[number] for number in together.choose(entry.job, [each.job for each in others])]
+
+    def _next(self) -> _Entry | None:
+        """The first in the queue that may run now."""
+        return next((entry for entry in self._queue if not (entry.wide and self._wide_runs)), None)
+
+    def _run_together(self, entries: Sequence[_Entry]) -> list[_Outcome]:
+        """Each is prepared by itself, so that it can fail alone; those that are ready are worked on together."""
+        outcomes = [self._run(entry, alone=False) for entry in entries]
+        ready = [number for number, (outcome, _) in enumerate(outcomes) if outcome == "ready"]
+        together = entries[0].job.together
+        assert together is not None
+        try:
+            results = list(together.work([entries[number].prepared for number in ready])) if ready else []
+        except BaseException as error:
+            results = [error] * len(ready)
+        for number, result in zip(ready, results, strict=True):
+            entry = entries[number]
+            entry.prepared = None
+            failed = isinstance(result, BaseException)
+            outcomes[number] = (
+                _told(entry.future, "failed", result) if failed else _told(entry.future, "finished", result=result)
+            )
+        return outcomes
+
+    def _run(self, entry: _Entry, alone: bool) -> _Outcome:
+        """The outcome, or "paused" where there are more steps and "ready" where it is prepared, and what tells the
+        future of it."""
+        future, now = entry.future, time.monotonic()
         if future.cancelled() or not (entry.job.in_steps or future.set_running_or_notify_cancel()):
             return "cancelled", lambda: None
         if now >= entry.deadline:
             where = "queued" if entry.steps is None else "worked on"
             return _told(future, "expired", DeadlinePassed(f"the deadline passed while the image was {where}"))
         try:
+            turn = Turn(entry.waited, alone)
             if entry.job.in_steps:
                 return self._step(entry, turn)
-            return "finished", partial(future.set_result, entry.job.work(turn))
+            result = entry.job.work(turn)
+            if entry.job.together is not None:
+                entry.prepared = result
+                return "ready", lambda: None
+            return "finished", partial(future.set_result, result)
         except BaseException as error:  # whatever it is, it is the caller's: the worker goes on
             return _told(future, "failed", error)
 
-    def _step(self, entry: _Entry, turn: Turn) -> tuple[str, Callable[[], object]]:
+    def _step(self, entry: _Entry, turn: Turn) -> _Outcome:
         """As `_run`, of a job in steps; raises what the job raises."""
         try:
             if entry.steps is None:
@@ -250,7 +392,7 @@ class Scheduler:
 
     def _end(self, entry: _Entry, outcome: str) -> None:
         setattr(self._counters, outcome, getattr(self._counters, outcome) + 1)
-        self._counters.pixels_in_flight -= entry.job.pixels
+        self._taken.remove(entry.job)
         if self._is_empty():
             self._emptied.notify_all()
 
@@ -258,9 +400,7 @@ class Scheduler:
         return not self._counters.queued and not self._counters.running
 
 
-def _told(
-    future: Future[Any], outcome: str, error: BaseException | None = None, result: Any = None
-) -> tuple[str, Callable[[], object]]:
+def _told(future: Future[Any], outcome: str, error: BaseException | None = None, result: Any = None) -> _Outcome:
     """The outcome and what tells the future of it, which may have been cancelled until now."""
     if not future.running() and not future.set_running_or_notify_cancel():
         return "cancelled", lambda: None
@@ -269,5 +409,7 @@ def _told(
     return outcome, partial(future.set_result, result)
 
 
-def _megapixels(pixels: int) -> str:
-    return f"{pixels / 1e6:.3g} megapixels"
+_TEXTS: Final[tuple[Callable[[int], str], ...]] = (
+    lambda pixels: f"{pixels / 1e6:.3g} megapixels",
+    lambda count: f"{count / 1e6:.3g} MB of memory",
+)

@@ -2,18 +2,20 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 
-from fullframe.engine.ort import OrtEngine, available_cores
+from fullframe.engine.machine import available_cores
+from fullframe.engine.ort import OrtEngine
 from fullframe.engine.query import FloatArray
 from fullframe.image import Pixels, Regions
-from fullframe.model.contract import INPUT
+from fullframe.model.contract import INPUT, LOGITS_FROM_MAP
 
 if TYPE_CHECKING:
     from fullframe.model.strips import Place
@@ -22,6 +24,20 @@ PIECE_PIXELS: Final = 2**18
 """Of a strip of a band. A few hundred bytes of memory each; pieces that fit in the caches are the fastest."""
 BAND_WIDTH: Final = 4096
 """Pixels. Beside its neighbours a band sees a receptive field's width of their pixels again."""
+
+Head = Callable[[FloatArray], FloatArray]
+"""From features [C] to logits [K]."""
+
+
+# What a piece takes in times of its own pixels, as the arena grows by doubling: measured below 4.
+_AROUND_PIECE: Final = 4
+
+
+def memory_for_pieces(engine: OrtEngine, width: int) -> int:
+    """About how many bytes an image so wide takes, in pieces of the usual size: a piece, and the rows carried."""
+    field = engine.contract.receptive_field[0]
+    piece = max(PIECE_PIXELS, field * min(width, BAND_WIDTH) // 2)
+    return round(engine.bytes_per_pixel * (_AROUND_PIECE * piece + field * width / 8))
 
 
 class Band(NamedTuple):
@@ -63,16 +79,34 @@ class Tiler:
         from fullframe.model.strips import strip_graphs  # the onnx package takes a while, and few images need it
 
         self._strips = strip_graphs(engine.path)
-        self._sessions: dict[Place, ort.InferenceSession] = {
-            place: engine.open_session(graph, available_cores()) for place, graph in self._strips.graphs.items()
-        }
+        self._session = cache(self._open_session)
+
+    @cached_property
+    def head(self) -> Head | None:
+        """What makes logits of an image's features; None where they are the mean of its class map.
+
+        Raises InvalidModel where the graph holds no such part.
+        """
+        if self._engine.contract.logits == LOGITS_FROM_MAP:
+            return None
+        from fullframe.model.heads import FEATURES, LOGITS, head_graph
+
+        session = self._engine.open_session(head_graph(self._engine.path), 1)
+        return lambda features: session.run([LOGITS], {FEATURES: features[np.newaxis]})[0][0]
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
         """The feature map's for an image's; raises InvalidInput for an image that is too small."""
         return self._strips.geometry.output_size(height, width)
 
-    def pieces(self, regions: Regions, outputs: Sequence[str]) -> Iterator[Piece]:
+    def pieces(
+        self, regions: Regions, outputs: Sequence[str], is_alone: Callable[[], bool] = lambda: True
+    ) -> Iterator[Piece]:
         """Compute "feature_map", "class_map" or both, each cell once, in the order that the source can be read in.
+
+        Args:
+            regions: the image.
+            outputs: which maps.
+            is_alone: asked before each piece whether it may have all cores; the cells have the same bits either way.
 
         Raises InvalidInput for an image that is damaged; `map_size` tells whether it is large enough.
         """
@@ -90,7 +124,8 @@ class Tiler:
                 found: Mapping[str, FloatArray] = self._engine.run(pixels, outputs)
             else:
                 place: Place = "first" if top == 0 else "last" if bottom == regions.height else "middle"
-                found, carried[band] = self._strip(place, pixels, carried.pop(band, []), outputs)
+                session = self._session(place, available_cores() if is_alone() else 1)
+                found, carried[band] = self._strip(session, place, pixels, carried.pop(band, []), outputs)
             columns = slice(band.skip, band.skip + band.cells)
             maps = {name: each[:, :, columns] for name, each in found.items()}
             yield Piece(done[band], band.first, maps, read_seconds)
@@ -118,11 +153,20 @@ class Tiler:
             return [0, height]
         return [0, *range(first, height - step + 1, usual), height]
 
+    def _open_session(self, place: "Place", threads: int) -> ort.InferenceSession:
+        # Strips have many short operators: threads that spin between them take half as much again, for nothing.
+        return self._engine.open_session(self._strips.graphs[place], threads, spinning=False)
+
     def _strip(
-        self, place: "Place", pixels: Pixels, carried: Sequence[FloatArray], outputs: Sequence[str]
+        self,
+        session: ort.InferenceSession,
+        place: "Place",
+        pixels: Pixels,
+        carried: Sequence[FloatArray],
+        outputs: Sequence[str],
     ) -> tuple[Mapping[str, FloatArray], list[FloatArray]]:
         """The next rows of each output, and what the next strip needs."""
         rests = [] if place == "last" else [f"rest.{number}" for number in range(self._strips.carries)]
         feeds = {INPUT: pixels[np.newaxis]} | {f"carry.{number}": each for number, each in enumerate(carried)}
-        results = self._sessions[place].run([*outputs, *rests], feeds)
+        results = session.run([*outputs, *rests], feeds)
         return {name: each[0] for name, each in zip(outputs, results, strict=False)}, results[len(outputs) :]

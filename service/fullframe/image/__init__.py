@@ -2,6 +2,7 @@
 
 from fullframe.image.colour import Pixels
 from fullframe.image.decode import Picture, encode_png, open_encoded
+from fullframe.image.encoded import OnDisk
 from fullframe.image.formats import SUPPORTED
 from fullframe.image.limits import Limits
 from fullframe.image.overlay import draw_class_map
@@ -13,6 +14,7 @@ __all__ = [
     "Checkpoint",
     "ImageSource",
     "Limits",
+    "OnDisk",
     "Picture",
     "Pixels",
     "Regions",

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -64,8 +65,23 @@ def train(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train filled.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.onnx", help="The file to write.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="Folder that train filled; for --repository or --ragged a model's file will do."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.onnx", help="The file to write.")
+    ] = None,
+    repository: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write a model repository of Triton Inference Server, or add to it."),
+    ] = None,
+    ragged: Annotated[
+        bool,
+        typer.Option("--ragged", help="Write it for batches of different sizes: it takes the images' sizes too."),
+    ] = False,
     name: Annotated[str, typer.Option(help="What the model calls itself.  [default: the file's name]")] = "",
     evaluate: Annotated[
         Path | None, typer.Option(metavar="DATA", help="Also record the accuracy on these held-out images.")
@@ -80,15 +96,37 @@ def export(
 
     The file is written only if ONNX Runtime gives the network's numbers at each of them.
     """
+    from fullframe.convert.inference_server import model_file, write_repository
+
+    sides = numbers(sizes, int, "sizes")
+    title = name or (output or run).stem
+    if ragged and repository is not None:
+        raise typer.BadParameter("--ragged goes to --output, not to --repository", param_hint="--ragged")
+    if ragged and run.is_file():
+        if output is None or evaluate or card:
+            raise typer.BadParameter(f"{run} is a model's file: say --output FILE.onnx, and nothing else")
+        _export_ragged(run, output, name)
+        return
+    if repository is not None and run.is_file():
+        if output or evaluate or card:
+            raise typer.BadParameter(f"{run} is a model's file: it can go to --repository, and nothing else")
+        console.print(f"wrote {write_repository(run, repository, title)}")
+        return
+
     from fullframe.convert.metadata import add_training_facts
     from fullframe.files import write_atomically
     from fullframe.learn.card import model_card
     from fullframe.learn.export import export_run
     from fullframe.learn.runs import PLOT, read_settings
 
-    sides = numbers(sizes, int, "sizes")
-    with console.status("exporting and checking"):
-        _, worst = export_run(run, output, name or output.stem)
+    output = output or (repository and model_file(repository, title))
+    if output is None:
+        raise typer.BadParameter("say where to: --output FILE.onnx, --repository DIR or both")
+    with console.status("exporting and checking"), TemporaryDirectory() as folder:
+        plain = Path(folder) / output.name if ragged else output
+        _, worst = export_run(run, plain, title)
+        if ragged:
+            _export_ragged(plain, output, title)
     console.print(f"{output}: largest difference from the network {worst:.1e}")
     if evaluate is not None:
         settings = read_settings(run)
@@ -98,6 +136,8 @@ def export(
         accuracies = _evaluate(output, images, images.validation, sides)
         facts = {"images": len(images.validation), "by_size": {str(k): v for k, v in accuracies.items()}}
         add_training_facts(output, {"accuracy": facts})
+    if repository is not None:
+        console.print(f"wrote {write_repository(output, repository, title)}")
     if card is not None:
         curve = card.with_name(f"{card.stem}-curve.png")
         shutil.copyfile(run / PLOT, curve)
@@ -119,6 +159,13 @@ def evaluate(
     sides = numbers(sizes, int, "sizes")
     images = _load(data, validation, seed, CACHE_MIB)
     _evaluate(model, images, images.validation + (images.train if every else []), sides)
+
+
+def _export_ragged(model: Path, output: Path, name: str) -> None:
+    from fullframe.convert.ragged import make_ragged
+
+    _, worst = make_ragged(model, output, name)
+    console.print(f"{output}: largest difference between an image in a batch and alone {worst:.1e}")
 
 
 def _load(data: Path, validation: float, seed: int, cache_mib: int) -> "ImageSet":

@@ -1,11 +1,7 @@
 """A trained network -> one ONNX file that follows the contract, compared with the network before it exists."""
 
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fullframe.convert.metadata import get_contract, set_contract
+from fullframe.convert.modules import quiet, strip
 from fullframe.errors import InvalidModel
 from fullframe.files import write_atomically
 from fullframe.learn.nets import Net
@@ -80,7 +77,7 @@ def build_graph(net: Net, recipe: Recipe) -> onnx.ModelProto:
     served = Served(fold_batch_norms(net), recipe).eval()
     outputs = OUTPUTS if net.config.global_pooling == "avg" else OUTPUTS[:3]
     axes = {axis: torch.export.Dim(name) for axis, name in enumerate(("N", "H", "W"))}
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             served,
             (torch.zeros(2, 45, 37, 3, dtype=torch.uint8),),
@@ -94,7 +91,7 @@ def build_graph(net: Net, recipe: Recipe) -> onnx.ModelProto:
         )
     assert program is not None
     model: onnx.ModelProto = program.model_proto
-    _strip(model)
+    strip(model)
     return model
 
 
@@ -205,29 +202,3 @@ def _training_record(settings: Mapping[str, Any], history: Sequence[Mapping[str,
 def _words(size: tuple[int, int, int]) -> str:
     count, height, width = size
     return f"{height} x {width} pixels (height x width, {count} image{'s' if count > 1 else ''})"
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    """Drop what the exporter says of itself: source lines, module names, shapes that can be inferred."""
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
-    del model.graph.value_info[:]
-    parts: Iterable[Any] = chain(model.graph.node, model.graph.initializer, model.graph.input, model.graph.output)
-    for part in parts:
-        del part.metadata_props[:]
-        part.ClearField("doc_string")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that it does not need and on its own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        logger.setLevel(level)

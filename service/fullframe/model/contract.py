@@ -15,6 +15,8 @@ from fullframe.errors import InvalidModel
 VERSION: Final = "1"
 PREFIX: Final = "fullframe."
 INPUT: Final = "images"
+SIZES: Final = "sizes"
+MAP_SIZES: Final = "map_sizes"
 OUTPUTS: Final = ("features", "logits", "feature_map", "class_map")
 OPTIONAL_OUTPUTS: Final = frozenset({"class_map"})
 
@@ -73,11 +75,14 @@ class Contract:
         smallest_size: the smallest image the graph can take.
         feature_channels: C.
         pooling: how `features` comes from `feature_map`, as engine.pooling spells it.
-        logits: LOGITS_FROM_MAP, or LOGITS_FROM_FEATURES where the head is not linear.
+        logits: LOGITS_FROM_MAP, or LOGITS_FROM_FEATURES where the head is not linear or pools otherwise: then the graph
+            computes them from `features` alone, and that part finishes the features merged from a huge image's pieces.
         precision: FLOAT32, or INT8 of a copy whose convolutions are computed in integers.
         normalisation: what the graph does to pixels first, for people: {"mean": [...], "std": [...]}.
         training: data, recipe, accuracy by size: whatever the maker recorded.
         tiles: whether a huge image can be computed in tiles; None: the file does not say.
+        ragged: the graph takes images of different sizes together: a second input `sizes` int64 [N, 2] holds each
+            one's height and width, and a further output `map_sizes` int64 [N, 2] those of its maps.
     """
 
     name: str
@@ -93,6 +98,7 @@ class Contract:
     normalisation: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     tiles: Tiles | None = None
+    ragged: bool = False
 
     @property
     def has_class_map(self) -> bool:
@@ -116,6 +122,7 @@ class Contract:
             PREFIX + "normalisation": json.dumps(self.normalisation),
             PREFIX + "training": json.dumps(self.training),
             **({} if self.tiles is None else {PREFIX + "tiles": json.dumps(asdict(self.tiles))}),
+            **({PREFIX + "ragged": "true"} if self.ragged else {}),
         }
 
     @classmethod
@@ -135,6 +142,9 @@ class Contract:
         precision = metadata.get(PREFIX + "precision", FLOAT32)
         if precision not in (FLOAT32, INT8):
             raise InvalidModel(f"{PREFIX}precision is {precision!r}; it must be {FLOAT32!r} or {INT8!r}")
+        ragged = metadata.get(PREFIX + "ragged", "false")
+        if ragged not in ("true", "false"):
+            raise InvalidModel(f"{PREFIX}ragged is {ragged!r}; it must be 'true' or 'false'")
         channels = _json(metadata, "feature_channels", int)
         if channels < 1:
             raise InvalidModel(f"{PREFIX}feature_channels is {channels}; it must be at least 1")
@@ -152,15 +162,22 @@ class Contract:
             normalisation=_json(metadata, "normalisation", dict),
             training=_json(metadata, "training", dict),
             tiles=Tiles.from_fields(_json(metadata, "tiles", dict)) if metadata.get(PREFIX + "tiles") else None,
+            ragged=ragged == "true",
         )
 
     def check_graph(self, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> None:
         """Compare a graph's inputs and outputs with this contract; raises InvalidModel naming the tensor."""
-        if [tensor.name for tensor in inputs] != [INPUT]:
+        wanted = {INPUT: ("uint8", (None, None, None, 3)), **({SIZES: ("int64", (None, 2))} if self.ragged else {})}
+        if [tensor.name for tensor in inputs] != list(wanted):
             found = ", ".join(tensor.name for tensor in inputs) or "none"
-            raise InvalidModel(f"the graph's inputs are {found}; the contract has one, {INPUT!r}")
-        _check_tensor(inputs[0], "uint8", (None, None, None, 3))
+            raise InvalidModel(f"the graph's inputs are {found}; the contract has {', '.join(wanted)}")
+        for tensor in inputs:
+            _check_tensor(tensor, *wanted[tensor.name])
         by_name = {tensor.name: tensor for tensor in outputs}
+        if self.ragged:
+            if MAP_SIZES not in by_name:
+                raise InvalidModel(f"the graph has no output {MAP_SIZES!r}, which a ragged one has")
+            _check_tensor(by_name[MAP_SIZES], "int64", (None, 2))
         shapes: dict[str, tuple[int | None, ...]] = {
             "features": (None, None),
             "logits": (None, len(self.labels)),

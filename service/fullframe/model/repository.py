@@ -79,7 +79,7 @@ def _expand(spec: str) -> list[ModelFile]:
     if not equals:
         name = path.stem if path.is_file() else path.name
     if path.is_file():
-        return [ModelFile(_checked(name), "1", path)]
+        return [ModelFile(checked_name(name), "1", path)]
     if not path.is_dir():
         raise InvalidInput(f"no model at {str(path)!r}: give NAME=FILE.onnx or a folder of models", "model")
     if versions := _versions(name, path):
@@ -94,10 +94,11 @@ def _expand(spec: str) -> list[ModelFile]:
 
 def _versions(name: str, folder: Path) -> list[ModelFile]:
     found = sorted(folder.glob(f"*/{FILE_NAME}"), key=lambda file: version_order(file.parent.name))
-    return [ModelFile(_checked(name), _checked(file.parent.name), file) for file in found]
+    return [ModelFile(checked_name(name), checked_name(file.parent.name), file) for file in found]
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name; raises InvalidInput where it is none for a model or a version."""
     if not _NAME.fullmatch(name):
         raise InvalidInput(f"{name!r} can't name a model: use letters, digits, '.', '_' and '-'", "model")
     return name

@@ -146,16 +146,15 @@ class _Cutter:
         before = pads[0] if self._place == "first" else 0
         behind = pads[2] if self._place == "last" else 0
         _set(node, "pads", [before, pads[1], behind, pads[3]])
-        if self._place != "last" and attributes.get("ceil_mode"):
-            _set(node, "ceil_mode", 0)
         stored = self._stored(source)
         axis = _row_axis(self._maps[stored])
         rows = self._with_carry(stored, axis)
         if self._place != "last":
             used = self._used(rows, axis, before, reach, stride)
             self._rest(rows, stored, axis, used)
-            if extent < stride:
-                rows = self._add("Slice", [rows, self._number(0), used, self._number(axis)])
+            if extent < stride or attributes.get("ceil_mode"):  # no row that would begin one more window
+                seen = self._add("Add", [used, self._number(extent - stride)])
+                rows = self._add("Slice", [rows, self._number(0), seen, self._number(axis)])
         node.input[0] = self._restored(rows, source)
         self._nodes.append(node)
         return lag

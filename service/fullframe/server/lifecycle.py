@@ -24,6 +24,7 @@ from fullframe.server.health import HealthServicer
 from fullframe.server.logs import event
 from fullframe.server.metrics import Metrics
 from fullframe.server.rpcs import handlers
+from fullframe.server.spool import open_spool
 from fullframe.server.streams import Intake
 from fullframe.settings import Settings, address
 
@@ -96,15 +97,21 @@ def open_models(settings: Settings) -> Plane:
         max_pixels=int(settings.max_megapixels * 1e6),
         max_bytes=int(settings.max_image_bytes),
         max_frames=settings.max_frames,
+        max_held_pixels=int(settings.max_held_megapixels * 1e6),
+        max_temporary_bytes=int(settings.max_turning_bytes),
     )
-    return open_plane(
+    plane = open_plane(
         settings.models,
         limits=limits,
         workers=settings.workers,
         max_pixels_in_flight=int(settings.max_megapixels_in_flight * 1e6),
+        memory_budget=int(settings.memory_budget),
         tile_pixels=settings.tile_pixels,
         precision=settings.precision,
+        batching=settings.batching,
     )
+    plane.warm_up()
+    return plane
 
 
 class Server:
@@ -112,6 +119,7 @@ class Server:
 
     Attributes:
         calls: those being answered.
+        spool: where uploads are kept.
     """
 
     def __init__(self, settings: Settings, plane: Plane) -> None:
@@ -119,6 +127,8 @@ class Server:
         self._metrics = Metrics(plane.counters)
         self.calls = Calls(self._metrics, settings.max_concurrent_rpcs, int(settings.max_bytes_in_flight))
         self._intake = Intake()
+        self.spool = open_spool(settings)
+        self._metrics.watch("upload_bytes", "Bytes of uploads being worked on.", self.spool.reserved)
         self._health = HealthServicer(
             {vision.SERVICE.full_name, *(model.name for model in plane.models())}, plane.healthy
         )
@@ -126,7 +136,7 @@ class Server:
             options=_channel_options(int(settings.max_message_bytes)),
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs + _SPARE_RPCS,
         )
-        servicer = vision.VisionServicer(plane, self._intake, settings)
+        servicer = vision.VisionServicer(plane, self._intake, self.spool, settings)
         self._grpc.add_generic_rpc_handlers([handlers(vision.SERVICE, servicer, self.calls)])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         services = (vision.SERVICE.full_name, health.SERVICE, reflection.SERVICE_NAME)

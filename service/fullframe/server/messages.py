@@ -59,6 +59,7 @@ def predict_query(options: pb.PredictOptions) -> Query:
         logits=options.logits,
         feature_map=options.feature_map,
         class_map=options.class_map,
+        max_map_side=options.max_map_side,
     )
 
 
@@ -114,6 +115,7 @@ def model_info(model: Served) -> pb.ModelInfo:
         "normalisation": contract.normalisation,
         "training": contract.training,
         "tiles": None if contract.tiles is None else asdict(contract.tiles),
+        "ragged": contract.ragged,
     }
     return pb.ModelInfo(
         model=model_ref(model),

@@ -50,11 +50,20 @@ class Metrics:
         self._decode, self._queue, self._compute = (stages.labels(s) for s in ("decode", "queue", "compute"))
         for name, text, read in (
             ("pixels_in_flight", "Pixels queued or computed now.", lambda: counters().pixels_in_flight),
+            (
+                "memory_in_flight",
+                "Bytes that those may take at once, by estimate.",
+                lambda: counters().memory_in_flight,
+            ),
             ("images_queued", "Images waiting for a worker.", lambda: counters().queued),
             ("images_running", "Images on a worker.", lambda: counters().running),
         ):
-            Gauge(f"fullframe_{name}", text, registry=registry).set_function(read)
+            self.watch(name, text, read)
         self._server: WSGIServer | None = None
+
+    def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Tell a figure as `read` has it when it is asked for."""
+        Gauge(f"fullframe_{name}", text, registry=self.registry).set_function(read)
 
     def request(self, rpc: str, code: str, seconds: float) -> None:
         """Count one call that ended."""

@@ -174,18 +174,20 @@ class EmbedResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelRef, _Mapping]] = ..., results: _Optional[_Iterable[_Union[EmbedResponse.Result, _Mapping]]] = ...) -> None: ...
 
 class PredictOptions(_message.Message):
-    __slots__ = ("top_k", "poolings", "logits", "feature_map", "class_map")
+    __slots__ = ("top_k", "poolings", "logits", "feature_map", "class_map", "max_map_side")
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     POOLINGS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     FEATURE_MAP_FIELD_NUMBER: _ClassVar[int]
     CLASS_MAP_FIELD_NUMBER: _ClassVar[int]
+    MAX_MAP_SIDE_FIELD_NUMBER: _ClassVar[int]
     top_k: int
     poolings: _containers.RepeatedCompositeFieldContainer[Pooling]
     logits: bool
     feature_map: bool
     class_map: bool
-    def __init__(self, top_k: _Optional[int] = ..., poolings: _Optional[_Iterable[_Union[Pooling, _Mapping]]] = ..., logits: bool = ..., feature_map: bool = ..., class_map: bool = ...) -> None: ...
+    max_map_side: int
+    def __init__(self, top_k: _Optional[int] = ..., poolings: _Optional[_Iterable[_Union[Pooling, _Mapping]]] = ..., logits: bool = ..., feature_map: bool = ..., class_map: bool = ..., max_map_side: _Optional[int] = ...) -> None: ...
 
 class Prediction(_message.Message):
     __slots__ = ("info", "classes", "embeddings", "logits", "feature_map", "class_map")
@@ -344,17 +346,19 @@ class Extent(_message.Message):
     def __init__(self, height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_pixels", "max_image_bytes", "max_message_bytes", "max_frames", "max_images_per_request", "formats")
+    __slots__ = ("max_pixels", "max_image_bytes", "max_message_bytes", "max_frames", "max_images_per_request", "formats", "max_upload_bytes")
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAMES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGES_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
     FORMATS_FIELD_NUMBER: _ClassVar[int]
+    MAX_UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_pixels: int
     max_image_bytes: int
     max_message_bytes: int
     max_frames: int
     max_images_per_request: int
     formats: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, max_pixels: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., formats: _Optional[_Iterable[str]] = ...) -> None: ...
+    max_upload_bytes: int
+    def __init__(self, max_pixels: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., formats: _Optional[_Iterable[str]] = ..., max_upload_bytes: _Optional[int] = ...) -> None: ...

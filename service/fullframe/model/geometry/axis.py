@@ -212,6 +212,10 @@ class Axis:
             self.reaches.append(step.reach(self.reaches))
         return self._numbers[step]
 
+    def step(self, number: int) -> Step | None:
+        """What makes a tensor; None for the image."""
+        return self._steps[number - 1] if number else None
+
     def join(self, sources: Iterable[int], fixed: Iterable[int], node: str) -> int:
         """The number of the tensor that sees what all of the sources see."""
         step = Join(tuple(sorted(set(sources))), tuple(sorted(set(fixed))))

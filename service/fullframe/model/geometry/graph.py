@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from fullframe.errors import InvalidInput, InvalidModel
 from fullframe.model.contract import INPUT
-from fullframe.model.geometry.axis import Axis, Disagreement, Reach
+from fullframe.model.geometry.axis import Axis, Disagreement, Reach, Step
 from fullframe.model.geometry.context import Context
 from fullframe.model.geometry.nodes import Node, constant
 from fullframe.model.geometry.operators import apply
@@ -89,6 +89,14 @@ class GraphGeometry:
     @property
     def _axes(self) -> tuple[Axis, Axis]:
         return self._context.axes
+
+    def known(self, name: str) -> Tensor:
+        """What is known of any tensor, a map or not; of one that is not in the graph nothing."""
+        return self._known.get(name, _UNKNOWN)
+
+    def step(self, side: Side) -> Step | None:
+        """What makes a side of others; None: it is the image's."""
+        return self._axes[side.axis].step(side.number)
 
     def size_of(self, name: str, height: int, width: int) -> tuple[int | None, int | None]:
         """A map's height and width for an image's, None where one can't be followed.

@@ -1,0 +1,139 @@
+"""An ONNX classifier, read and checked: nothing outside its file's folder is opened, and no custom operator loaded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import onnx
+from onnx import TensorProto, helper, inliner
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
+
+from fullframe.convert.draft import title
+from fullframe.convert.metadata import load_model
+from fullframe.errors import InvalidModel
+
+LEAST_OPSET: Final = 7
+MOST_BYTES: Final = 2**31 - 2**24
+"""Protocol buffers end at 2 GiB; the rest is for the graph."""
+_MOST_NODES: Final = 100_000
+_OWN_DOMAINS: Final = ("", "ai.onnx")
+_USUAL_SIDE: Final = 224
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """A file's graph with its weights, those in files beside it too.
+
+    Raises InvalidModel where it is no ONNX file, is too large, or has weights outside its folder.
+    """
+    if path.stat().st_size > MOST_BYTES:
+        raise InvalidModel(f"{path.name} is {path.stat().st_size:,} bytes; at most {MOST_BYTES:,} can be converted")
+    model = load_model(path, weights=False)
+    folder = path.absolute().parent.resolve()
+    total = 0
+    for tensor in _tensors(model.graph):
+        if uses_external_data(tensor):
+            place = ExternalDataInfo(tensor).location
+            file = (folder / place).resolve()
+            if not file.is_relative_to(folder):
+                raise InvalidModel(f"the weights {tensor.name!r} are in {place!r}, outside the folder of {path.name}")
+            if not file.is_file():
+                raise InvalidModel(f"the weights {tensor.name!r} are in {place!r}, which is not beside {path.name}")
+            total += _bytes(tensor)
+    if total > MOST_BYTES:
+        raise InvalidModel(f"the weights of {path.name} are {total:,} bytes; at most {MOST_BYTES:,} can be converted")
+    try:
+        load_external_data_for_model(model, str(folder))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise InvalidModel(f"the weights of {path.name} can't be read: {_first_line(error)}") from error
+    return model
+
+
+def checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with its functions inlined and its weights no inputs, that has one image in and one tensor out.
+
+    Raises InvalidModel naming what is otherwise.
+    """
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise InvalidModel(f"the file is no valid ONNX: {_first_line(error)}") from error
+    model = inliner.inline_local_functions(model) if model.functions else _copy(model)
+    graph = model.graph
+    if len(graph.node) > _MOST_NODES:
+        raise InvalidModel(f"the graph has {len(graph.node):,} nodes; at most {_MOST_NODES:,} can be converted")
+    for node in graph.node:
+        if node.domain not in _OWN_DOMAINS:
+            raise InvalidModel(
+                f"{title(node)} is an operator of {node.domain!r}; only ONNX's own can be converted, "
+                "since no library of operators is loaded"
+            )
+    opset = max((each.version for each in model.opset_import if each.domain in _OWN_DOMAINS), default=1)
+    if opset < LEAST_OPSET:
+        raise InvalidModel(f"the graph is of opset {opset}; {LEAST_OPSET} is the least that can be converted")
+    if graph.sparse_initializer:
+        raise InvalidModel(f"the weights {graph.sparse_initializer[0].values.name!r} are sparse; they must be dense")
+    weights = {each.name for each in graph.initializer}
+    inputs = [each for each in graph.input if each.name not in weights]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    _check_tensors(graph)
+    return model
+
+
+def source_size(model: onnx.ModelProto, given: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width that a checked graph was made for: its input's where they are fixed, else as given, else 224."""
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    fixed = tuple(dim.dim_value for dim in dims[2:])
+    if all(fixed):
+        if given is not None and given != fixed:
+            raise InvalidModel(
+                f"the graph's input is fixed to {fixed[0]} x {fixed[1]} (height x width), not {given[0]} x {given[1]}"
+            )
+        return fixed[0], fixed[1]
+    return given or (fixed[0] or _USUAL_SIDE, fixed[1] or _USUAL_SIDE)
+
+
+def _check_tensors(graph: onnx.GraphProto) -> None:
+    for what, values in (("input", graph.input), ("output", graph.output)):
+        if len(values) != 1:
+            names = ", ".join(repr(each.name) for each in values) or "none"
+            raise InvalidModel(f"the graph has {len(values)} {what}s ({names}); a classifier has one")
+        kind = values[0].type.tensor_type.elem_type
+        if kind != TensorProto.FLOAT:
+            found = helper.tensor_dtype_to_string(kind).removeprefix("TensorProto.").lower() if kind else "no tensor"
+            raise InvalidModel(f"the {what} {values[0].name!r} is {found}; it must be float32")
+    image = graph.input[0]
+    dims = image.type.tensor_type.shape.dim
+    if len(dims) != 4 or dims[1].dim_value not in (0, 3):
+        shape = ", ".join(str(dim.dim_value or dim.dim_param or "?") for dim in dims)
+        raise InvalidModel(f"the input {image.name!r} is [{shape}]; it must be [N, 3, height, width]")
+    if dims[0].dim_value > 1:
+        raise InvalidModel(f"the input {image.name!r} takes {dims[0].dim_value} images; export it for 1, or for any")
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                yield from _tensors(inner)
+
+
+def _bytes(tensor: TensorProto) -> int:
+    size = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    for dim in tensor.dims:
+        size *= dim
+    return size
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,175 @@
+"""Images of different sizes in one padded batch: which go together, the run, and each one's own answer."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import log
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fullframe.engine.answer import answer_from
+from fullframe.engine.ort import OrtEngine
+from fullframe.engine.query import Answer, FloatArray, Query, Timings
+from fullframe.engine.schedule import Batching, Job
+from fullframe.errors import InvalidModel
+from fullframe.image import Pixels
+from fullframe.model.contract import INPUT, MAP_SIZES, SIZES
+
+MOST_WASTE: Final = 0.25
+"""Pixels that a batch may pad, as a share of its images' own."""
+MOST_PIXELS: Final = 2_000_000
+"""Pixels of a batch, padding included."""
+MASKS_SHARE: Final = 1.5
+"""Memory for each pixel of a batch, as a multiple of a lone image's: masked maps are copies. The bundled model: 1.4."""
+
+_MAPS: Final = frozenset({"feature_map", "class_map"})
+
+Size = tuple[int, int]
+"""Height, width."""
+
+
+class RaggedEngine:
+    """Runs a model on images of different sizes at once (model/ragged); from any thread.
+
+    An image's answer is within the promise of the one that it gets alone, whatever is beside it: the same sums, in an
+    order that may depend on the padded size.
+
+    Raises:
+        InvalidModel: the model can't be run so; the message names the node that stands against it.
+    """
+
+    def __init__(self, engine: OrtEngine, threads: int = 1) -> None:
+        self.engine = engine
+        if engine.contract.ragged:
+            self._session = engine.open_session(engine.path, threads)
+            return
+        from fullframe.model.ragged import ragged_graph  # the onnx package takes a while
+
+        self._session = engine.open_session(ragged_graph(engine.path), threads)
+
+    def run(self, images: Sequence[Pixels], outputs: Sequence[str]) -> list[dict[str, FloatArray]]:
+        """Run the graph on images, uint8 [H, W, 3] each, none below the model's smallest size.
+
+        Returns:
+            For each image the outputs, names from the contract, without their batch axis; maps of its own size.
+
+        Raises:
+            InvalidInput: an image is too small.
+        """
+        for image in images:
+            self.engine.check_size(image.shape[0], image.shape[1])
+        sizes = np.array([image.shape[:2] for image in images], np.int64)
+        found = self._session.run([*outputs, MAP_SIZES], {INPUT: padded(images), SIZES: sizes})
+        map_sizes = found.pop()
+        return [
+            {name: _own(name, each[number], map_sizes[number]) for name, each in zip(outputs, found, strict=True)}
+            for number in range(len(images))
+        ]
+
+
+def padded(images: Sequence[Pixels]) -> Pixels:
+    """uint8 [N, H, W, 3] of the largest height and width; what lies beside an image is of no account."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    batch = np.zeros((len(images), height, width, 3), np.uint8)
+    for place, image in zip(batch, images, strict=True):
+        place[: image.shape[0], : image.shape[1]] = image
+    return batch
+
+
+def companions(first: Size, others: Sequence[Size], most_pixels: int = MOST_PIXELS) -> list[int]:
+    """Which of the others to run with the first: those of the most similar shapes, as long as little is padded.
+
+    Returns:
+        Their numbers, such that the batch pads at most MOST_WASTE and has at most `most_pixels`.
+    """
+
+    def difference(number: int) -> float:
+        return sum(abs(log(side / own)) for side, own in zip(others[number], first, strict=True))
+
+    chosen: list[int] = []
+    (height, width), own = first, first[0] * first[1]
+    for number in sorted(range(len(others)), key=difference):
+        rows, columns = others[number]
+        taller, wider, more = max(height, rows), max(width, columns), own + rows * columns
+        together = (len(chosen) + 2) * taller * wider
+        if together <= min(most_pixels, (1 + MOST_WASTE) * more):
+            height, width, own = taller, wider, more
+            chosen.append(number)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image that is ready to be computed, and what is asked of it.
+
+    Attributes:
+        outputs: of the graph, that the query needs.
+        timings: of its decoding and its time in the queue.
+    """
+
+    pixels: Pixels
+    query: Query
+    outputs: Sequence[str]
+    timings: Timings
+
+
+class RaggedBatches:
+    """One model's images worked on together: the scheduler's Together.
+
+    Args:
+        most_pixels: of one batch, padding included. A larger image is a batch by itself.
+    """
+
+    def __init__(self, engine: RaggedEngine, most_pixels: int = MOST_PIXELS) -> None:
+        self.most_pixels, self._engine = most_pixels, engine
+
+    def choose(self, first: Job, others: Sequence[Job]) -> list[int]:
+        """As `companions`."""
+        return companions(first.shape, [job.shape for job in others], self.most_pixels)
+
+    def work(self, prepared: Sequence[Decoded]) -> list[Answer | Exception]:
+        """Each image's answer, or why there is none.
+
+        A batch that fails, for want of memory or whatever else, is tried again as two halves.
+        """
+        started = time.monotonic()
+        outputs = list(dict.fromkeys(name for image in prepared for name in image.outputs))
+        try:
+            found = self._engine.run([image.pixels for image in prepared], outputs)
+        except Exception as error:
+            if len(prepared) == 1:
+                return [error]
+            found = None  # and only then the halves: until the error is gone, so is not what it holds of the batch
+        if found is None:
+            half = len(prepared) // 2
+            return self.work(prepared[:half]) + self.work(prepared[half:])
+        return [self._answer(*each, started) for each in zip(prepared, found, strict=True)]
+
+    def _answer(self, image: Decoded, found: dict[str, FloatArray], started: float) -> Answer | Exception:
+        height, width, _ = image.pixels.shape
+        own = {name: found[name] for name in image.outputs}
+        try:
+            answer = answer_from(own, image.query, self._engine.engine.contract, height, width)
+        except Exception as error:
+            return error
+        answer.timings = replace(image.timings, compute=time.monotonic() - started)
+        return answer
+
+
+def ragged_engine(engine: OrtEngine, batching: Batching) -> RaggedEngine | None:
+    """What runs a model's images together, where they are to be; raises InvalidModel for "ragged" where they can't."""
+    if batching == "one" or (batching == "auto" and not engine.accelerated):
+        return None
+    try:
+        return RaggedEngine(engine)
+    except InvalidModel as error:
+        if batching == "auto":
+            return None
+        raise InvalidModel(f"{engine.path.name}: {error}") from error
+
+
+def _own(name: str, found: NDArray[Any], size: NDArray[np.int64]) -> FloatArray:
+    """An image's part of an output; copied, so that it does not keep its neighbours' alive."""
+    return (found[:, : size[0], : size[1]] if name in _MAPS else found).copy()
