@@ -91,8 +91,8 @@ def window(
         effective = (size - 1) * step + 1
         if pad > effective // 2:
             raise ValueError(f"padding is {pad}; it must be at most half the effective kernel size, {effective} // 2")
-    if divisor_override is not None and divisor_override == 0:
-        raise ValueError("divisor_override is 0; it must be another number, or None")
+    if divisor_override is not None and (not _is_int(divisor_override) or divisor_override == 0):
+        raise ValueError(f"divisor_override is {divisor_override!r}; it must be an int other than 0, or None")
     result = Window(*kernel, *strides, *pads, *dilations, int(ceil_mode), int(count_include_pad), divisor_override or 0)
     height, width = result.output_size(x.shape[2], x.shape[3])
     if height < 1 or width < 1:
@@ -119,8 +119,22 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
+def _is_static(side: int) -> bool:
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and only exports need it
+
+    return has_static_value(side)
+
+
+def check_tensors(**values: object) -> None:
+    """Raise ValueError naming the one that is not a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is of type {type(value).__name__}; it must be a tensor")
+
+
 def check_map(x: Tensor, name: str = "x") -> None:
     """Raise ValueError unless x is a floating-point [N, C, H, W] with no empty maps (N may be 0)."""
+    check_tensors(**{name: x})
     if x.dim() != 4:
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be [N, C, H, W]")
     check_dtype(x, name)
@@ -136,7 +150,7 @@ def check_dtype(x: Tensor, name: str = "x") -> None:
 
 def check_kind(kind: str, allowed: Sequence[str] = tuple(KINDS), where: str = "") -> None:
     """Raise ValueError if there is no kind of that name, NotImplementedError if `where` lacks it."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     if kind not in allowed:
         raise NotImplementedError(f"{where} has no kind {kind!r}; it has {', '.join(allowed)}")
@@ -162,6 +176,7 @@ def check_channels(x: Tensor, channel: int, **tensors: Tensor | None) -> None:
     for label, tensor in tensors.items():
         if tensor is None:
             continue
+        check_tensors(**{label: tensor})
         if tensor.dim() != 1 or tensor.shape[0] != x.shape[channel]:
             raise ValueError(f"{label} has shape {list(tensor.shape)}; it must be [C] = [{x.shape[channel]}]")
         if tensor.device != x.device or not tensor.is_floating_point():
@@ -211,7 +226,7 @@ def parameter(kind: str, p: float | Tensor | None, x: Tensor) -> tuple[float, Te
 
 def check_kinds(kinds: Sequence[str]) -> Sequence[str]:
     """The kinds; raises ValueError unless they are at least one, all known, none twice."""
-    if isinstance(kinds, str) or not kinds:
+    if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not kinds:
         raise ValueError(f"kinds is {kinds!r}; it must be a sequence of at least one kind, such as ('avg', 'max')")
     for kind in kinds:
         check_kind(kind)
@@ -259,6 +274,9 @@ def fractional_size(
         name, size = "output_size", pair(output_size, "output_size", 1)
     else:
         name, ratios = "output_ratio", _ratios(output_ratio)
+        if torch.compiler.is_exporting() and not all(_is_static(side) for side in sides):
+            # A graph would take the example's size, or a product rounded to float32, which can be one output more.
+            raise ValueError("output_ratio is of sizes that may differ, for which it does not export; use output_size")
         size = (int(sides[0] * ratios[0]), int(sides[1] * ratios[1]))
     for side, window, outputs in zip(sides, kernel, size, strict=True):
         if not 1 <= outputs <= side - window + 1:
@@ -300,6 +318,7 @@ def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
 
 def check_bounds(bounds: Tensor, name: str, shape: tuple[int | None, ...], x: Tensor) -> None:
     """Raise ValueError unless bounds is int64 of that shape (None: any size but 0), on x's device."""
+    check_tensors(**{name: bounds})
     fits = bounds.dim() == len(shape)
     fits = fits and all(a == b if b is not None else a > 0 for a, b in zip(bounds.shape, shape, strict=True))
     if not fits or bounds.dtype is not torch.int64 or bounds.device != x.device:

@@ -38,6 +38,7 @@ def channel_pool(
 
     The other arguments and errors are those of `pool2d`.
     """
+    arguments.check_tensors(x=x)
     if not 2 <= x.dim() <= 4:
         raise ValueError(f"x has shape {list(x.shape)}; it must be [N, C], [N, C, L] or [N, C, H, W]")
     maps = {2: x[..., None, None], 3: x[:, :, None]}.get(x.dim(), x)

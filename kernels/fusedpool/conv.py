@@ -47,6 +47,7 @@ def conv1x1_global_pool2d(
         ValueError: an argument is wrong; the message names it.
         NotImplementedError: the kind is not one of CONV_KINDS.
     """
+    arguments.check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     x, weight, bias = (_autocast(tensor, x.device.type) for tensor in (x, weight, bias))
     arguments.check_map(x)
     arguments.check_kind(kind, CONV_KINDS, "conv1x1_global_pool2d")
@@ -59,8 +60,9 @@ def conv1x1_global_pool2d(
 
 
 def _autocast(tensor: Any, device: str) -> Any:
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
-    return tensor.to(torch.get_autocast_dtype(device)) if eligible and torch.is_autocast_enabled(device) else tensor
+    return tensor.to(torch.get_autocast_dtype(device)) if enabled and eligible else tensor
 
 
 def _check_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

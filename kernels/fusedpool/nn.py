@@ -81,17 +81,14 @@ class _ManyKinds(_Module):
         activation: str | None = None,
     ) -> None:
         super().__init__()
-        for kind in kinds:
-            arguments.check_kind(kind)
-        self.kinds, self.learn_p, self.activation = tuple(kinds), learn_p, activation
+        self.kinds, self.learn_p, self.activation = tuple(arguments.check_kinds(kinds)), learn_p, activation
         self.p: Any = p
+        numbers, _ = arguments.parameters(kinds, p, torch.empty(0))
         if learn_p:
-            learnable = [kind for kind in kinds if KINDS[kind].learnable]
-            if not learnable:
-                _initial(kinds[0], None)
-            given = p if isinstance(p, Mapping) else dict.fromkeys(learnable[: p is not None], p)
-            self.fixed = {kind: value for kind, value in given.items() if kind not in learnable}
-            self.p = nn.ParameterDict({kind: _initial(kind, given.get(kind)) for kind in learnable})
+            given = {kind: p for kind, p in zip(kinds, numbers, strict=True) if KINDS[kind].default is not None}
+            learnt = [kind for kind in kinds if KINDS[kind].learnable] or kinds[:1]
+            self.p = nn.ParameterDict({kind: _initial(kind, given.pop(kind, None)) for kind in learnt})
+            self.fixed = given
 
     def _numbers(self) -> Any:
         if not self.learn_p:
@@ -213,7 +210,7 @@ class PyramidPool2d(_OneKind):
     ) -> None:
         super().__init__()
         self._set_kind(kind, p, learn_p)
-        self.levels, self.activation = tuple(levels), activation
+        self.levels, self.activation = arguments.check_levels(levels), activation
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, cells of all levels]."""

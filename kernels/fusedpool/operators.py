@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 from fusedpool import reference, runtime
@@ -63,8 +64,15 @@ def fill(outputs: Iterable[Tensor], results: Iterable[Tensor | None]) -> None:
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether backward may be asked for."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether backward may be asked for.
+
+    Raises NotImplementedError for forward-mode differentiation, where PyTorch's custom operators lose the tangents
+    without a word.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in present):
+        raise NotImplementedError("an input has a tangent; pooling has no forward-mode derivatives, only backward")
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present)
 
 
 def needs_input(kind: str, activation: str, scale: Tensor | None, param: Tensor | None) -> bool:

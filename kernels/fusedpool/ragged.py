@@ -35,6 +35,7 @@ def ragged_pool(
 
     The other arguments and errors are those of `global_pool2d`.
     """
+    arguments.check_tensors(x=x)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x has shape {list(x.shape)}; it must be [P, C], with at least one channel")
     arguments.check_dtype(x)

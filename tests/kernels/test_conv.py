@@ -295,12 +295,20 @@ def test_autocast(device: torch.device, dtype: torch.dtype) -> None:
         assert conv1x1_global_pool2d(x.double(), weight.double(), bias.double()).dtype is torch.float64
 
 
+def test_shapes_alone_will_do() -> None:
+    x, weight, bias = (t.detach().to("meta") for t in inputs("cpu"))
+    y = conv1x1_global_pool2d(x, weight, bias)
+    assert y.is_meta and y.shape == (len(x), len(weight))
+
+
 def test_wrong_arguments() -> None:
     x, weight, bias = (t.detach() for t in inputs("cpu"))
     wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("x has shape", (x[0], weight), {}),
         ("x has shape", (x[:, :, :0], weight), {}),
         ("x is torch.int64", (x.long(), weight), {}),
+        ("weight is of type list", (x, [[1.0] * 5]), {}),
+        ("bias is of type float", (x, weight, 1.0), {}),
         ("weight has shape", (x, weight[:, :4]), {}),
         ("weight has shape", (x, weight[:0]), {}),
         ("weight has shape", (x, weight[:, :, None]), {}),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fusedpool import pool2d
@@ -154,6 +155,17 @@ def test_without_gradients_nothing_is_kept() -> None:
         assert not pool2d(x, 2).requires_grad
     with torch.inference_mode():
         assert torch.equal(pool2d(x, 2), F.max_pool2d(x, 2))
+
+
+def test_forward_mode_is_refused() -> None:
+    x = maps(1, 2, 4, 4)
+    scale = torch.ones(2)
+    with pytest.raises(NotImplementedError, match="an input has a tangent"):
+        torch.func.jvp(lambda x: pool2d(x, 2), (x,), (x,))
+    with forward_ad.dual_level():
+        pool2d(x, 2, scale=scale)
+        with pytest.raises(NotImplementedError, match="an input has a tangent"):
+            pool2d(x, 2, scale=forward_ad.make_dual(scale, scale))  # type: ignore[no-untyped-call]
 
 
 def test_activation_checkpointing_recomputes_the_same() -> None:

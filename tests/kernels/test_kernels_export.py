@@ -154,6 +154,14 @@ def test_channels_convolutions_and_fractional_windows(tmp_path: Path) -> None:
         compare(session, module, (maps(*size),))
 
 
+def test_a_ratio_exports_for_its_own_size_alone(tmp_path: Path) -> None:
+    module = Function(lambda x: [fractional_pool2d(x, 2, None, 0.6, training=False)])
+    x = maps(2, 4, 9, 8)
+    compare(exported(module, (x,), (None,), tmp_path), module, (x,))
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="use output_size"):
+        exported(module, (x,), (ANY_MAPS,), tmp_path)
+
+
 def test_images_of_different_sizes(tmp_path: Path) -> None:
     n, pixels, ends = torch.export.Dim("n"), torch.export.Dim("pixels"), torch.export.Dim("ends")
 

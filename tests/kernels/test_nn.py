@@ -171,6 +171,12 @@ def test_a_bad_argument_is_named() -> None:
             Pool2d(3, kind=kind, learn_p=True)
     with pytest.raises(ValueError, match="learn_p is True"):
         GlobalPool2d(("max", "lp"), learn_p=True)
+    with pytest.raises(ValueError, match="kinds is 'avg'; it must be a sequence"):
+        GlobalPool2d("avg")
+    with pytest.raises(ValueError, match=r"p is 0.5; the kinds that take a parameter are \['mixed', 'gem'\]"):
+        GlobalPool2d(("mixed", "gem"), p=0.5, learn_p=True)
+    with pytest.raises(ValueError, match="levels is 3; it must be a sequence"):
+        PyramidPool2d(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="p is 2"):
         AdaptivePool2d(2, "mixed", p=2.0)
     with pytest.raises(ValueError, match="kind is 'median'"):

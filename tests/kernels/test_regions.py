@@ -306,6 +306,8 @@ def test_wrong_arguments_are_named() -> None:
     x = torch.zeros(2, 3, 4, 4)
     wrong: list[tuple[Callable[[], Any], str]] = [
         (lambda: global_pool2d(x, "avg"), "kinds is 'avg'"),
+        (lambda: global_pool2d(x, (kind for kind in ("avg",))), "kinds is <generator"),  # type: ignore[arg-type]
+        (lambda: global_pool2d(x, sizes=[(1, 1)]), "sizes is of type list"),  # type: ignore[arg-type]
         (lambda: global_pool2d(x, ()), "kinds"),
         (lambda: global_pool2d(x, ("avg", "avg")), "twice"),
         (lambda: global_pool2d(x, ("average",)), "kind is 'average'"),
