@@ -125,8 +125,8 @@ def test_sources_that_could_take_any_size_give_the_same_answers_there(
 def test_strips_are_the_whole(engines: Callable[[str], OrtEngine], name: str) -> None:
     engine = engines(name)
     assert engine.contract.tiles is not None and engine.contract.tiles.possible
-    least = engine.contract.smallest_size
-    picture = pixels(least[0] + 641, least[1] + 57)
+    least, sees = engine.contract.smallest_size, engine.contract.receptive_field
+    picture = pixels(least[0] + max(641, 2 * sees[0]), least[1] + 57)
     wanted = engine.run(picture, MAPS)
     found = {map: np.full_like(each, np.nan) for map, each in wanted.items()}
     pieces = list(Tiler(engine, piece_pixels=8_000, band_width=10_000).pieces(HeldRegions(picture), MAPS))
@@ -142,7 +142,7 @@ def test_strips_are_the_whole(engines: Callable[[str], OrtEngine], name: str) ->
 def test_branches_of_odd_sizes_agree_where_the_source_s_do_not(engines: Callable[[str], OrtEngine]) -> None:
     """Inception v2's poolings are padded behind by one, beside convolutions padded on both sides."""
     with pytest.raises(Exception, match="Concat"):
-        probabilities(of_any_size(light_model("inception_v2")), np.zeros((225, 225, 3), np.float32))
+        probabilities(of_any_size(light_model("inception_v2")), np.zeros((231, 231, 3), np.float32))
     engine = engines("inception_v2")
     assert "branches of odd sizes made equal" in " ".join(engine.contract.training["conversion"])
-    assert np.isfinite(engine.run(pixels(225, 225), ["logits"])["logits"]).all()
+    assert np.isfinite(engine.run(pixels(231, 231), ["logits"])["logits"]).all()

@@ -245,7 +245,7 @@ def test_published_weights_are_never_unpickled(
     place = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
     place.parent.mkdir(parents=True)
     torch.save(Bomb(), place)
-    with pytest.raises(InvalidInput, match="can't be had .their file holds more than tensors.* --weights FILE"):
+    with pytest.raises(InvalidInput, match=r"can't be had .their file holds more than tensors.* --weights FILE"):
         open_source("torchvision:squeezenet1_1")
     assert not (tmp_path / "ran").exists()
     torch.load(place, weights_only=False)

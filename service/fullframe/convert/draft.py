@@ -160,7 +160,7 @@ class Draft:
         for node in reversed(self.nodes):
             if not wanted.isdisjoint(node.output):
                 kept.append(node)
-                wanted.update(node.input)
+                wanted.update(taken(node))
         self.nodes = kept[::-1]
         self.constants = {name: value for name, value in self.constants.items() if name in wanted}
         self.touch()
@@ -236,7 +236,7 @@ class Draft:
     def _fed(self) -> set[str]:
         found = {self.image}
         for node in self.nodes:
-            if not found.isdisjoint(node.input):
+            if not found.isdisjoint(taken(node)):
                 found.update(name for name in node.output if name)
         return found
 
@@ -266,6 +266,12 @@ def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
     copy.ClearField("doc_string")
     del copy.metadata_props[:]
     return copy
+
+
+def taken(node: onnx.NodeProto) -> set[str]:
+    """The tensors that a node takes, those that the graphs inside it take too."""
+    inner = (each for attribute in node.attribute for each in attribute.g.node)
+    return set(node.input).union(*map(taken, inner))
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

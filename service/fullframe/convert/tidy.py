@@ -78,7 +78,7 @@ def fold(draft: Draft) -> None:
     """What is computed from constants alone becomes constant; Identity goes."""
     before = len(draft.nodes)
     _fold_constants(draft)
-    while _know_channels(draft):
+    while _know_channels(draft) or _choose_branches(draft):
         _fold_constants(draft)
     for node in list(draft.nodes):
         if node.op_type == "Identity":
@@ -109,6 +109,18 @@ def _know_channels(draft: Draft) -> bool:
     for name, count in known.items():
         draft.rename_uses(name, draft.add_constant(count, "channels"))
     return bool(known)
+
+
+def _choose_branches(draft: Draft) -> bool:
+    """The nodes of its one branch take the place of each If whose condition is constant; whether there was one."""
+    chosen = [node for node in draft.nodes if node.op_type == "If" and draft.constant(node, 0) is not None]
+    for node in chosen:
+        condition = draft.constant(node, 0)
+        branch: onnx.GraphProto = attributes(node)["then_branch" if np.all(condition) else "else_branch"]
+        draft.constants |= {each.name: onnx.numpy_helper.to_array(each) for each in branch.initializer}
+        ends = [draft.make("Identity", [end.name], name) for end, name in zip(branch.output, node.output, strict=True)]
+        draft.replace(node, [*branch.node, *ends])
+    return bool(chosen)
 
 
 def _is_constant(draft: Draft, node: onnx.NodeProto) -> bool:
