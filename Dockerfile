@@ -16,7 +16,7 @@ RUN /opt/fullframe/bin/pip install --no-cache-dir --no-compile -c constraints.tx
 
 FROM python:3.12-slim
 COPY --from=build /opt/fullframe /opt/fullframe
-# Nothing but uploads is written at run time, and they are held in memory where the root file system is read-only.
+# Nothing but temporary files is written at run time; where there is no folder for them, uploads are held in memory.
 ENV PATH=/opt/fullframe/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 FULLFRAME_HOST=0.0.0.0
 USER 10001:10001
 EXPOSE 8001 8002

@@ -20,8 +20,9 @@ from statistics import median
 import grpc
 import numpy as np
 
-from benchmarks.recording import append_rows, cores, machine
-from benchmarks.serve import Measured, cropped, photographs, served, show
+from benchmarks.recording import append_rows, machine, show
+from benchmarks.serve import Measured, cropped, photographs, served
+from fullframe.engine.machine import available_cores
 from fullframe.v1 import vision_pb2 as pb
 from fullframe.v1.vision_pb2_grpc import VisionServiceStub
 from tests.image.forged import repeating_tiff
@@ -96,7 +97,7 @@ def main() -> None:
                         **machine(),
                         "command": f"python -m benchmarks.fairness {given} --callers {arguments.callers}",
                         "model": Path(arguments.model.partition("=")[2]).stem or "cifar10",
-                        "workers": str(arguments.workers or cores()),
+                        "workers": str(arguments.workers or available_cores()),
                         "callers": str(callers),
                         "huge_images": str(count),
                         "images_per_s": f"{median([each.rate for each in beside]):.1f}",

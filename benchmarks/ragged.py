@@ -15,10 +15,8 @@ from statistics import mean, median
 from typing import Final
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.recording import append_rows, machine
+from benchmarks.recording import append_rows, machine, show
 from fullframe.engine.plane import Plane, open_plane
 from fullframe.engine.query import FloatArray, Query
 from fullframe.engine.ragged import RaggedEngine
@@ -103,6 +101,7 @@ def main() -> None:
     one, ragged = (open_plane(specs, workers=1, batching=batching) for batching in ("one", "ragged"))
     batches = Batches()
     command = f"python -m benchmarks.ragged --rounds {arguments.rounds} --images {arguments.images}"
+    command += f" --seed {arguments.seed}"
     rows = []
     for name, sides in MIXES.items():
         images = pictures(sides, arguments.images, arguments.seed)
@@ -110,18 +109,9 @@ def main() -> None:
         figures = measure(one, ragged, images, arguments.rounds) | batches.figures()
         rows.append({**machine(), "command": command, "model": one.model().name, "sides": name, **figures})
     append_rows(RESULTS, rows)
-    show(rows)
+    show(rows, "one by one beside masked batches")
     one.close()
     ragged.close()
-
-
-def show(rows: list[dict[str, str]]) -> None:
-    """The figures on the terminal."""
-    columns = [name for name in rows[0] if name not in {"date", "machine", "versions", "command"}]
-    table = Table(*columns, title="one by one beside masked batches")
-    for row in rows:
-        table.add_row(*(row[name] for name in columns))
-    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

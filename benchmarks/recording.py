@@ -1,25 +1,23 @@
-"""What every recorded figure has beside it, and the files that figures are added to."""
+"""What every recorded figure has beside it, the files that figures are added to, and their table."""
 
 import csv
 import datetime
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime
+from rich.console import Console
+from rich.table import Table
 
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+from fullframe.engine.machine import available_cores
 
 
 def machine() -> dict[str, str]:
     """When, where and with what."""
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {cores()} cores",
+        "machine": f"{platform.machine()}, {available_cores()} cores",
         "versions": f"python {platform.python_version()}, onnxruntime {onnxruntime.__version__}",
     }
 
@@ -32,3 +30,12 @@ def append_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def show(rows: Sequence[dict[str, str]], title: str) -> None:
+    """The figures as a table on the terminal."""
+    columns = [name for name in rows[0] if name not in {"date", "machine", "versions", "command"}]
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
+    Console(width=160).print(table)

@@ -30,10 +30,9 @@ import grpc.aio
 import numpy as np
 import onnxruntime as ort
 import pyvips
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.recording import append_rows, cores, machine
+from benchmarks.recording import append_rows, machine, show
+from fullframe.engine.machine import available_cores
 from fullframe.image import Limits, open_encoded
 from fullframe.model.repository import find_models
 from fullframe.v1 import vision_pb2 as pb
@@ -164,7 +163,7 @@ def in_rounds(
     for number in range(rounds + 1):
         if number % 2:
             servers.append(served(target, photos, callers, seconds))
-        loops.append(bare_loop(run, photos, min(callers, cores()), seconds))
+        loops.append(bare_loop(run, photos, min(callers, available_cores()), seconds))
         if not number % 2:
             servers.append(served(target, photos, callers, seconds))
     loops, servers = loops[1:], servers[1:]
@@ -217,7 +216,7 @@ def main() -> None:
     native = photographs(arguments.photos)
     workloads = {"native": native, "224x224": [cropped(photo, 224) for photo in native]}
     path = find_models([arguments.model] if arguments.model else [])[0].path
-    one, many = session(path, 1), session(path, cores())
+    one, many = session(path, 1), session(path, available_cores())
     rows = []
     with serving(models=arguments.model or "") as running:
         for name, photos in workloads.items():
@@ -241,17 +240,6 @@ def setting(arguments: argparse.Namespace, path: Path) -> dict[str, str]:
         "command": f"python -m benchmarks.serve {given}" + (" --photos ..." if arguments.photos else ""),
         "model": path.stem,
     }
-
-
-def show(rows: list[dict[str, str]], title: str) -> None:
-    """The figures on the terminal."""
-    table = Table(title=title)
-    columns = [name for name in rows[0] if name not in {"date", "machine", "versions", "command"}]
-    for name in columns:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(row[name] for name in columns))
-    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import fusedpool
 
 PACKAGE = Path(fullframe.__file__).parent
 KERNELS = Path(fusedpool.__file__).parent
-# What each room may import besides itself; `errors`, the version and generated messages are open to all.
+# What each room may import besides itself; `errors`, `defaults`, the version and generated messages are open to all.
 MAY_IMPORT = {
     "image": set(),
     "model": {"image"},
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "learn": {"convert", "engine", "model", "image"},
     "cli": {"server", "engine", "model", "image", "settings", "client", "learn", "convert"},
 }
-SHARED = {"errors", "files", "__version__"}
+SHARED = {"errors", "defaults", "files", "__version__"}
 GRPC_ROOMS = {"server", "client", "cli"}
 
 
@@ -47,7 +47,7 @@ def sources() -> list[Path]:
 
 def test_every_room_is_known() -> None:
     rooms = {room(path) for path in PACKAGE.rglob("*.py")}
-    assert rooms - {"__init__", "__main__", "errors", "files", "v1"} == set(MAY_IMPORT)
+    assert rooms - {"__init__", "__main__", "errors", "defaults", "files", "v1"} == set(MAY_IMPORT)
 
 
 def test_imports_run_one_way() -> None:

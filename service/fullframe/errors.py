@@ -66,3 +66,8 @@ class ServerError(FullframeError):
 def quoted(text: str) -> str:
     """A caller's words, short enough for a message however long they are."""
     return repr(text if len(text) <= 60 else text[:60] + "...")
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign exception says, without what follows it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field, FiniteFloat, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from fullframe import defaults
 from fullframe.engine.schedule import Batching
 from fullframe.errors import InvalidInput
 from fullframe.model.repository import Precision
@@ -12,6 +13,7 @@ from fullframe.model.repository import Precision
 PREFIX = "FULLFRAME_"
 
 _MIB = 2**20
+_MEGA = 10**6
 
 
 class Settings(BaseSettings):
@@ -35,9 +37,15 @@ class Settings(BaseSettings):
         description="ragged: images that wait are computed together, padded and masked; one: one by one; auto: ragged "
         "on an accelerator, one by one on a CPU, where that is the faster",
     )
-    max_megapixels: FiniteFloat = Field(32, gt=0, description="largest image, in megapixels, uploads included")
-    tile_pixels: int = Field(4_000_000, ge=1, description="an image of more pixels is computed piece by piece")
-    max_image_bytes: ByteSize = Field(ByteSize(64 * _MIB), gt=0, description="largest encoded image in a request")
+    max_megapixels: FiniteFloat = Field(
+        defaults.MAX_PIXELS // _MEGA, gt=0, description="largest image, in megapixels, uploads included"
+    )
+    tile_pixels: int = Field(
+        defaults.TILE_PIXELS, ge=1, description="an image of more pixels is computed piece by piece"
+    )
+    max_image_bytes: ByteSize = Field(
+        ByteSize(defaults.MAX_BYTES), gt=0, description="largest encoded image in a request"
+    )
     spool_folder: str = Field(
         "", description="where uploads are kept while they are worked on; none: the system's, else memory"
     )
@@ -46,13 +54,17 @@ class Settings(BaseSettings):
     min_free_bytes: ByteSize = Field(
         ByteSize(256 * _MIB), ge=0, description="bytes of that disk that uploads leave free"
     )
-    max_frames: int = Field(1000, ge=1, description="most frames or pages of one file, of which the first is read")
+    max_frames: int = Field(
+        defaults.MAX_FRAMES, ge=1, description="most frames or pages of one file, of which the first is read"
+    )
     # The default lets 32 megapixels come as raw RGB.
     max_message_bytes: ByteSize = Field(
         ByteSize(128 * _MIB), gt=0, le=2**31 - 1, description="largest message in either direction"
     )
     max_images_per_request: int = Field(128, ge=1, le=1024, description="most images of one request")
-    max_megapixels_in_flight: FiniteFloat = Field(256, gt=0, description="megapixels queued and computed together")
+    max_megapixels_in_flight: FiniteFloat = Field(
+        defaults.MAX_PIXELS_IN_FLIGHT // _MEGA, gt=0, description="megapixels queued and computed together"
+    )
     memory_budget: ByteSize = Field(
         ByteSize(0),
         ge=0,
@@ -60,12 +72,14 @@ class Settings(BaseSettings):
         "0: three quarters of the machine's or the container's",
     )
     max_held_megapixels: FiniteFloat = Field(
-        32,
+        defaults.MAX_HELD_PIXELS // _MEGA,
         gt=0,
         description="largest image in megapixels of a kind that is decoded whole: progressive JPEG, WebP, GIF ...",
     )
     max_turning_bytes: ByteSize = Field(
-        ByteSize(2048 * _MIB), ge=0, description="temporary disk for a larger image that is stored turned"
+        ByteSize(defaults.MAX_TEMPORARY_BYTES),
+        ge=0,
+        description="temporary disk for a larger image that is stored turned",
     )
     max_bytes_in_flight: ByteSize = Field(ByteSize(512 * _MIB), gt=0, description="bytes of all requests held together")
     max_concurrent_rpcs: int = Field(256, ge=1, description="calls answered at once, health checks not counted")

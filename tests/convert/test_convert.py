@@ -163,6 +163,14 @@ def test_a_single_layer_over_the_whole_map_has_features_in_the_same_cells() -> N
     assert np.allclose(found["features"], found["feature_map"].mean((2, 3)), atol=1e-6)
 
 
+def test_scores_that_are_a_convolution_over_the_whole_map_are_pooled() -> None:
+    text = STEM + "y = Conv <kernel_shape = [8, 8]> (m, w)"
+    model = classifier(text, {**STEM_WEIGHTS, "w": (CLASSES, 8, 8, 8)}, scores=f"float[1, {CLASSES}, 1, 1] y")
+    converted = convert(model, OPTIONS)
+    assert_same(model, converted)
+    assert run(converted.model, {"images": pixels(SIDE + 8, SIDE)[np.newaxis]})["class_map"].shape == (1, CLASSES, 3, 1)
+
+
 def test_channel_shuffles_are_gathers() -> None:
     shuffle = "s = Reshape (m, apart) \n t = Transpose <perm = [0, 2, 1, 3, 4]> (s) \n u = Reshape (t, back)"
     shapes = {"apart": np.array([1, 2, 4, 8, 8]), "back": np.array([1, 8, 8, 8])}
@@ -257,6 +265,10 @@ def test_position_embeddings_are_refused() -> None:
         (lambda: plain(opset=6), "opset 6; 7 is the least"),
         (lambda: plain(image="float[4, 3, 32, 32] x"), "takes 4 images"),
         (lambda: classifier("y = Identity (x)", scores="float[1, 3, 32, 32] y"), "found: none"),
+        (
+            lambda: plain(STEM + "y = Relu (m)", scores="float[1, 8, 8, 8] y"),
+            "scores 'y' are a map of 8 x 8 cells",
+        ),
         (lambda: plain(image="float[1, 32, 32, 3] x"), r"must be \[N, 3, height, width\]"),
         (lambda: plain(image="float[1, 3, 32, 32] x, float[1] other"), "2 inputs"),
         (lambda: plain(scores="float[1, 5] y, float[1, 8] f"), "2 outputs"),
@@ -335,6 +347,31 @@ def test_weights_beside_the_file_are_read_and_those_outside_its_folder_are_not(t
     (inside / "text.onnx").write_text("no model")
     with pytest.raises(InvalidModel, match="no ONNX file"):
         read_onnx(inside / "text.onnx")
+
+
+def test_a_branch_takes_what_was_computed_from_constants_outside_it() -> None:
+    branch = """
+        same = Equal (one, one) \n k = Mul (two, two)
+        q = If (same) <
+            then_branch = yes () => (float[1, 8, 8, 8] r) { r = Mul (m, k) },
+            else_branch = no () => (float[1, 8, 8, 8] s) { s = Relu (m) }
+        >
+    """
+    weights = {**STEM_WEIGHTS, **HEAD_WEIGHTS, "one": np.array([1]), "two": np.array([2], np.float32)}
+    model = classifier(STEM + branch + HEAD.replace("(m)", "(q)"), weights)
+    assert_same(model, convert(model, OPTIONS))
+
+
+def test_a_source_may_use_the_names_that_are_made_up() -> None:
+    names = {name: f"weights.{number}" for number, name in enumerate("abcmpfwv", 1)}
+    model = plain()
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    parts: list[Any] = [*model.graph.initializer, *model.graph.input]
+    for each in parts:
+        each.name = names.get(each.name, each.name)
+    assert_same(model, convert(model, OPTIONS))
 
 
 def test_constants_larger_than_memory_are_not_computed() -> None:

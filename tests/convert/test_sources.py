@@ -113,7 +113,7 @@ def test_without_a_size_ones_own_module_has_the_usual(own: str) -> None:
         (":absent", "'absent' that can be called without arguments"),
         (":no_module", "makes a dict; it must make a torch.nn.Module"),
         ("", "must be python:package.module:factory"),
-        ("0.x:y", "must be python:package.module:factory"),
+        (".0x:y", "must be python:package.module:factory"),
     ],
 )
 def test_a_factory_that_makes_no_module_says_so(own: str, name: str, reason: str) -> None:

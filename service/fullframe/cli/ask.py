@@ -176,10 +176,10 @@ def _write_features(path: Path, outcomes: Outcomes) -> None:
         if vector is not None:
             row[:] = vector
     height, width = np.array(sizes, np.uint32).T
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as stream:
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as stream:
         np.savez(stream, path=files, height=height, width=width, features=features, error=errors)
-    partial.replace(path)
+    unfinished.replace(path)
     complain(f"wrote {path}: {len(files)} x {length} features")
 
 

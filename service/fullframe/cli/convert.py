@@ -72,15 +72,18 @@ def convert(
             raise typer.BadParameter(f"the run in {source} knows all this itself; --name alone may be given")
         export(Path(source), output, name=name)
         return
-    given: dict[str, Any] = {"name": name or output.stem}
-    given |= {"mean": numbers(mean, float, "mean")} if mean else {}
-    given |= {"std": numbers(std, float, "std")} if std else {}
-    given |= {"labels": _lines(labels)} if labels else {}
-    given |= {"input_range": int(input_range)} if input_range else {}
-    given |= {"license": license_note} if license_note else {}
-    pixels = pixels_of(size) if size else None
-    opened = open_source(source, weights=weights, size=pixels)
-    options = replace(opened.options, **given, bgr=bgr or opened.options.bgr, size=pixels or opened.options.size)
+    said: dict[str, Any] = {
+        "name": name or output.stem,
+        "labels": labels and _lines(labels),
+        "mean": mean and numbers(mean, float, "mean"),
+        "std": std and numbers(std, float, "std"),
+        "input_range": input_range and int(input_range),
+        "bgr": bgr,
+        "license": license_note,
+        "size": pixels_of(size) if size else None,
+    }
+    opened = open_source(source, weights=weights, size=said["size"])
+    options = replace(opened.options, **{option: value for option, value in said.items() if value})
     converted = make_model(opened.model, options)
     write_atomically(output, converted.model.SerializeToString())
     _print_report(converted)

@@ -128,7 +128,7 @@ class Core:
     ) -> Answer:
         """The answer for one image; `on_progress` hears of an upload."""
         options, loaded = options_message(query), await self._load(image)
-        if isinstance(loaded, StoredFile) or await self._too_long(loaded):
+        if not isinstance(loaded, pb.Image):
             return await self._upload(loaded, options, model, on_progress)
         request = pb.PredictRequest(model=model, images=[loaded], options=options)
         response: pb.PredictResponse = await self._unary("Predict", request)
@@ -199,7 +199,7 @@ class Core:
         """Send an image; returns its outcome where there is one at once: it cannot be read, or went by itself."""
         try:
             loaded = await self._load(image)
-            if isinstance(loaded, StoredFile) or await self._too_long(loaded):
+            if not isinstance(loaded, pb.Image):
                 return await self._upload(loaded, options, model, on_progress)
         except FullframeError as error:
             return error
@@ -207,19 +207,19 @@ class Core:
         await stream.send(request)
         return None
 
-    async def _load(self, image: Any) -> pb.Image | StoredFile:
-        """An image as it travels in a message; a file that is beyond one is left where it is."""
-        if isinstance(image, bytes):  # nothing to wait for
-            return image_message(image)
+    async def _load(self, image: Any) -> pb.Image | StoredFile | bytes:
+        """An image as it travels in a message, or the file to upload where it is beyond one."""
         if isinstance(image, str | os.PathLike):
             file = await self.transport.off_loop(stored_file, Path(image))
             if file is not None and await self._beyond(file.size, True):
                 return file
-        return await self.transport.off_loop(image_message, image)
-
-    async def _too_long(self, image: pb.Image) -> bool:
-        encoded = image.WhichOneof("source") == "encoded"
-        return await self._beyond(len(image.encoded if encoded else image.raw.data), encoded)
+        # A file's bytes are ready: nothing to wait for.
+        ready = isinstance(image, bytes)
+        message = image_message(image) if ready else await self.transport.off_loop(image_message, image)
+        encoded = message.WhichOneof("source") == "encoded"
+        if await self._beyond(len(message.encoded if encoded else message.raw.data), encoded):
+            return await self.transport.off_loop(file_of, message)
+        return message
 
     async def _beyond(self, size: int, encoded: bool) -> bool:
         """Whether a file, or pixels, of `size` bytes are more than the server takes in a message."""
@@ -233,12 +233,11 @@ class Core:
 
     async def _upload(
         self,
-        image: pb.Image | StoredFile,
+        file: bytes | StoredFile,
         options: pb.PredictOptions,
         model: pb.ModelRef,
         on_progress: OnProgress | None,
     ) -> Answer:
-        file = image if isinstance(image, StoredFile) else await self.transport.off_loop(file_of, image)
         upload = Upload(file, model, options)
         return _settle(await self._retried(partial(self._send_file, upload, on_progress)))
 

@@ -2,17 +2,13 @@
 
 from collections.abc import Iterable
 from itertools import combinations
-from typing import Final
 
 import onnx
 
-from fullframe.convert.draft import Draft, attributes, set_attributes, title
+from fullframe.convert.draft import Draft, attributes, set_attributes
 from fullframe.errors import InvalidInput, InvalidModel
 from fullframe.model.geometry import GraphGeometry, Obstacle
-from fullframe.model.graphs import ancestors
-
-_POOLS: Final = ("MaxPool", "AveragePool", "LpPool")
-_WINDOWS: Final = (*_POOLS, "Conv")
+from fullframe.model.graphs import WINDOWS, ancestors, title
 
 
 def make_agree(draft: Draft) -> None:
@@ -67,9 +63,9 @@ def _strided(draft: Draft, join: onnx.NodeProto) -> list[onnx.NodeProto]:
     found = [
         node
         for node in reversed(draft.nodes)
-        if node.output[0] in inside and node.op_type in _WINDOWS and max(attributes(node).get("strides", [1])) > 1
+        if node.output[0] in inside and node.op_type in WINDOWS and max(attributes(node).get("strides", [1])) > 1
     ]
-    return sorted(found, key=lambda node: node.op_type not in _POOLS)
+    return sorted(found, key=lambda node: node.op_type == "Conv")
 
 
 def _pads(node: onnx.NodeProto) -> list[int]:

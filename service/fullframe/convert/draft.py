@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from functools import cached_property
+from itertools import count
 from typing import Any, Final
 
 import onnx
@@ -12,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fullframe.errors import InvalidModel
 from fullframe.model.contract import INPUT, OUTPUTS
 from fullframe.model.geometry import GraphGeometry
+from fullframe.model.graphs import opset_of, title
 
 Array = NDArray[Any]
 Shape = tuple[int | None, ...]
@@ -45,9 +48,9 @@ class Draft:
         self.outputs: list[str] = [graph.output[0].name]
         self.takes_pixels = False
         self.size, self.report = size, list[str]()
-        self.opset = max(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+        self.opset = opset_of(model)
         self._ir_version = min(max(model.ir_version, _LEAST_IR), _MOST_IR)
-        self._made = 0
+        self._numbers = count(1)
         self._name_nodes()
         for name in (INPUT, *OUTPUTS):
             if name in self.names():
@@ -172,8 +175,8 @@ class Draft:
 
     def fresh(self, hint: str) -> str:
         """A name that no tensor has."""
-        self._made += 1
-        return f"{hint}.{self._made}"
+        used = self.names()
+        return next(name for number in self._numbers if (name := f"{hint}.{number}") not in used)
 
     # As ONNX.
 
@@ -199,7 +202,7 @@ class Draft:
         self.nodes = [_copied(node) for node in model.graph.node]
         new = [each for each in model.graph.initializer if each.name not in self.constants]
         self.constants |= {each.name: numpy_helper.to_array(each) for each in new}
-        self.opset = max(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+        self.opset = opset_of(model)
         self._name_nodes()
         self.touch()
 
@@ -261,8 +264,7 @@ def _dims(value: onnx.ValueInfoProto) -> Shape:
 
 
 def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
+    copy = deepcopy(node)
     copy.ClearField("doc_string")
     del copy.metadata_props[:]
     return copy
@@ -286,11 +288,6 @@ def set_attributes(node: onnx.NodeProto, **values: Any) -> None:
     new = [helper.make_attribute(name, value) for name, value in values.items() if value is not None]
     del node.attribute[:]
     node.attribute.extend([*kept, *new])
-
-
-def title(node: onnx.NodeProto) -> str:
-    """Its operator and name, for people."""
-    return f"{node.op_type} {node.name or node.output[0]!r}"
 
 
 def words(size: tuple[int, int]) -> str:

@@ -6,10 +6,11 @@ from typing import Final
 import numpy as np
 import onnx
 
-from fullframe.convert.draft import Draft, attributes, title
+from fullframe.convert.draft import Draft, attributes
 from fullframe.convert.layout import moves
 from fullframe.convert.unroll import POINTWISE, Unrolled, unroll
 from fullframe.errors import InvalidModel
+from fullframe.model.graphs import title
 
 _POOLS: Final = {"GlobalAveragePool": "avg", "GlobalMaxPool": "max"}
 
@@ -53,7 +54,7 @@ def find_head(draft: Draft) -> Head:
     (last,) = ends
     nodes = tuple(node for node in draft.nodes if id(node) in inside)
     takers = tuple(node for node in nodes if last in node.input)
-    if any(node.op_type not in _POOLS for node in takers):
+    if not takers or any(node.op_type not in _POOLS for node in takers):
         return Head(last, nodes)
     if len(takers) == 1:
         return Head(last, nodes, takers, takers[0], _POOLS[takers[0].op_type])

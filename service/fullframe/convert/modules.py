@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fullframe.errors import InvalidInput, InvalidModel
+from fullframe.errors import InvalidInput, InvalidModel, first_line
+from fullframe.model.contract import OPSET
 
-OPSET: Final = 18
 _NAMED: Final = 3
 
 
@@ -138,8 +138,3 @@ def quiet() -> Iterator[None]:
 def _listed(names: list[str]) -> str:
     rest = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def first_line(error: Exception) -> str:
-    """What a foreign exception says, without what follows it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

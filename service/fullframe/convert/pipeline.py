@@ -25,8 +25,6 @@ from fullframe.errors import InvalidInput, InvalidModel
 from fullframe.model.contract import LOGITS_FROM_FEATURES, LOGITS_FROM_MAP, Contract, Tiles
 from fullframe.model.geometry import Geometry, graph_geometry
 
-__all__ = ["Converted", "Options", "convert"]
-
 _STEPS: Final[tuple[Callable[[Draft], None], ...]] = (
     drop_training,
     upgrade,
@@ -49,8 +47,8 @@ class Converted:
     Attributes:
         model: with its metadata; what a file of it holds.
         contract: that metadata.
-        report: what was done to the graph and what was found, a line for each step.
         difference: the largest from the source at its own size, relative to the source's largest score.
+        report: what was done to the graph and what was found, a line for each step.
     """
 
     model: onnx.ModelProto

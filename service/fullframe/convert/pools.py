@@ -1,16 +1,17 @@
 """Poolings that no map's size changes: of the whole map, and over neighbouring channels."""
 
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 import onnx
 
-from fullframe.convert.draft import Draft, attributes, title
+from fullframe.convert.draft import Draft, attributes
 from fullframe.convert.layout import moves
+from fullframe.model.graphs import WINDOWS, title
 
-_WINDOWS = frozenset({"Conv", "MaxPool", "AveragePool", "LpPool"})
-_REDUCTIONS = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
-_LOCAL = 4
+_REDUCTIONS: Final = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
+_LOCAL: Final = 4
 """A pool of fewer cells may cover a small map by chance; of this many it is meant to."""
 
 
@@ -42,7 +43,7 @@ def _covers(draft: Draft, node: onnx.NodeProto) -> float:
         return 0
     if kernel == [1, 1] or any(k < size for k, size in zip(kernel, map_size, strict=True)):
         return 0
-    if min(kernel) < _LOCAL and any(each.op_type in _WINDOWS for each in _downstream(draft, node)):
+    if min(kernel) < _LOCAL and any(each.op_type in WINDOWS for each in _downstream(draft, node)):
         return 0
     seen = [min(k, size + after) for k, size, after in zip(kernel, map_size, pads[2:], strict=True)]
     return float(np.prod(map_size) / np.prod(seen)) if given.get("count_include_pad") else 1.0

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import helper
 
 from fullframe.convert.draft import words
+from fullframe.convert.runtime import open_session, tensors
 from fullframe.convert.tidy import in_inference, scores_before_softmax
 from fullframe.engine.query import FloatArray
-from fullframe.errors import InvalidModel
+from fullframe.errors import InvalidModel, first_line
 from fullframe.image import Pixels
-from fullframe.model.contract import INPUT, Contract, TensorInfo
+from fullframe.model.contract import INPUT, Contract
 from fullframe.model.geometry import Geometry
 from fullframe.model.strips import strip_graphs
 
@@ -42,7 +42,7 @@ class Source:
             model.graph.output.append(helper.make_empty_tensor_value_info(self._scores))
         model.ir_version = max(model.ir_version, _LEAST_IR)
         self._prepare = prepare
-        self._session = _session(model.SerializeToString(), "the source")
+        self._session = open_session(model.SerializeToString(), "the source")
         self._input = self._session.get_inputs()[0].name
 
     def scores(self, image: Pixels) -> FloatArray:
@@ -50,7 +50,7 @@ class Source:
         try:
             (scores,) = self._session.run([self._scores], {self._input: self._prepare(image)})
         except Exception as error:
-            raise InvalidModel(f"the source itself does not run: {_first_line(error)}") from error
+            raise InvalidModel(f"the source itself does not run: {first_line(error)}") from error
         if not np.isfinite(scores).all():
             raise InvalidModel("the source itself gives scores that are not finite; is its normalisation right?")
         found: FloatArray = scores.reshape(1, -1)
@@ -64,12 +64,9 @@ class Proof:
     """
 
     def __init__(self, converted: Path, contract: Contract, geometry: Geometry) -> None:
-        self._session = _session(str(converted), "the converted graph")
+        self._session = open_session(str(converted), "the converted graph")
         self._geometry, self._contract = geometry, contract
-        inputs, outputs = (
-            [TensorInfo(each.name, each.type, each.shape) for each in values]
-            for values in (self._session.get_inputs(), self._session.get_outputs())
-        )
+        inputs, outputs = tensors(self._session)
         contract.check_graph(inputs, outputs)
         self._names = [each.name for each in outputs]
 
@@ -127,7 +124,7 @@ class Proof:
             return dict(zip(self._names, self._session.run(self._names, {INPUT: images}), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             size = words((images.shape[1], images.shape[2]))
-            raise InvalidModel(f"the converted graph does not run at {size}: {_first_line(error)}") from error
+            raise InvalidModel(f"the converted graph does not run at {size}: {first_line(error)}") from error
 
 
 def why_not_in_strips(converted: Path) -> str:
@@ -155,17 +152,3 @@ def _image(seed: int, height: int, width: int) -> Pixels:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 200, (-(-height // 16), -(-width // 16), 3)).repeat(16, 0).repeat(16, 1)[:height, :width]
     return (coarse + rng.integers(0, 56, (height, width, 3))).astype(np.uint8)
-
-
-def _session(model: str | bytes, what: str) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_mem_pattern = False
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-        raise InvalidModel(f"{what} can't be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

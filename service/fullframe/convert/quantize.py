@@ -21,11 +21,10 @@ from fullframe.engine.ort import OrtEngine
 from fullframe.errors import InvalidInput, InvalidModel
 from fullframe.files import write_atomically
 from fullframe.image import Pixels
-from fullframe.model.contract import FLOAT32, INPUT, INT8, OPTIONAL_OUTPUTS, OUTPUTS, Contract
-from fullframe.model.geometry import graph_geometry
+from fullframe.model.contract import FLOAT32, INPUT, INT8, Contract
+from fullframe.model.geometry import OUTPUT, graph_geometry
 from fullframe.model.graphs import ancestors
 
-_OUTPUT: Final = "feature_map"
 # What ONNX Runtime computes on integers without a detour through floats.
 _IN_INTEGERS: Final = ("Conv", "Add", "AveragePool", "Clip", "Concat", "MaxPool", "Relu")
 _CHECKED_SIZES: Final = ((1, 1), (2, 3), (7, 5), (31, 33), (64, 64), (1, 200), (97, 41), (224, 224), (300, 451))
@@ -89,7 +88,7 @@ def quantize(model: Path, output: Path, images: Iterable[Pixels]) -> Contract:
 
 def _between_convolutions(graph: onnx.GraphProto) -> list[str]:
     """The convolutions before the feature map and whatever has one of them downstream; raises InvalidModel."""
-    before = ancestors(graph, {_OUTPUT})
+    before = ancestors(graph, {OUTPUT})
     convolutions = {node.output[0] for node in graph.node if node.op_type == "Conv" and node.output[0] in before}
     if not convolutions:
         raise InvalidModel("the graph has no convolution before its feature map, so there is nothing to quantise")
@@ -131,12 +130,11 @@ def _compare(source: Path, copy: Path, contract: Contract) -> None:
     if graph_geometry(onnx.load(copy)) != graph_geometry(onnx.load(source)):
         raise InvalidModel("the int8 graph's cells see other pixels than the model's; it can't be used")
     engines = OrtEngine(source), OrtEngine(copy)
-    outputs = [name for name in OUTPUTS if contract.has_class_map or name not in OPTIONAL_OUTPUTS]
     rng = np.random.default_rng(0)
     for height, width in _checked_sizes(contract.smallest_size):
         pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
-        wanted, found = (engine.run(pixels, outputs) for engine in engines)
-        for name in outputs:
+        wanted, found = (engine.run(pixels, contract.outputs) for engine in engines)
+        for name in contract.outputs:
             if found[name].shape != wanted[name].shape or not np.isfinite(found[name]).all():
                 raise InvalidModel(
                     f"{name!r} of the int8 graph is {found[name].shape} at {height} x {width} pixels "

@@ -15,7 +15,7 @@ from fullframe.engine.ragged import RaggedEngine
 from fullframe.errors import InvalidModel
 from fullframe.files import write_atomically
 from fullframe.image import Pixels
-from fullframe.model.contract import OPTIONAL_OUTPUTS, OUTPUTS, Contract, Tiles
+from fullframe.model.contract import Contract, Tiles
 from fullframe.model.ragged import ragged_model
 
 TOLERANCE: Final = 1e-4
@@ -61,12 +61,11 @@ def make_ragged(model: Path, output: Path, name: str = "") -> tuple[Contract, fl
 def _compare(alone: OrtEngine, together: RaggedEngine) -> float:
     """The largest difference over random batches; raises InvalidModel where it passes TOLERANCE."""
     contract = alone.contract
-    outputs = [name for name in OUTPUTS if contract.has_class_map or name not in OPTIONAL_OUTPUTS]
     worst = 0.0
     for images in _batches(contract.smallest_size):
         sizes = ", ".join("{} x {}".format(*image.shape) for image in images)
-        for image, found in zip(images, together.run(images, outputs), strict=True):
-            for name, wanted in alone.run(image, outputs).items():
+        for image, found in zip(images, together.run(images, contract.outputs), strict=True):
+            for name, wanted in alone.run(image, contract.outputs).items():
                 if found[name].shape != wanted.shape:
                     raise InvalidModel(
                         f"{name!r} is {found[name].shape} beside others and {wanted.shape} alone ({sizes})"

@@ -1,6 +1,7 @@
 """An ONNX classifier, read and checked: nothing outside its file's folder is opened, and no custom operator loaded."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Final
 
@@ -8,15 +9,14 @@ import onnx
 from onnx import TensorProto, helper, inliner
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
 
-from fullframe.convert.draft import title
 from fullframe.convert.metadata import load_model
-from fullframe.errors import InvalidModel
+from fullframe.errors import InvalidModel, first_line
+from fullframe.model.graphs import OWN_DOMAINS, opset_of, title
 
-LEAST_OPSET: Final = 7
-MOST_BYTES: Final = 2**31 - 2**24
+_LEAST_OPSET: Final = 7
+_MOST_BYTES: Final = 2**31 - 2**24
 """Protocol buffers end at 2 GiB; the rest is for the graph."""
 _MOST_NODES: Final = 100_000
-_OWN_DOMAINS: Final = ("", "ai.onnx")
 _USUAL_SIDE: Final = 224
 
 
@@ -25,8 +25,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
 
     Raises InvalidModel where it is no ONNX file, is too large, or has weights outside its folder.
     """
-    if path.stat().st_size > MOST_BYTES:
-        raise InvalidModel(f"{path.name} is {path.stat().st_size:,} bytes; at most {MOST_BYTES:,} can be converted")
+    if path.stat().st_size > _MOST_BYTES:
+        raise InvalidModel(f"{path.name} is {path.stat().st_size:,} bytes; at most {_MOST_BYTES:,} can be converted")
     model = load_model(path, weights=False)
     folder = path.absolute().parent.resolve()
     total = 0
@@ -39,12 +39,12 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             if not file.is_file():
                 raise InvalidModel(f"the weights {tensor.name!r} are in {place!r}, which is not beside {path.name}")
             total += _bytes(tensor)
-    if total > MOST_BYTES:
-        raise InvalidModel(f"the weights of {path.name} are {total:,} bytes; at most {MOST_BYTES:,} can be converted")
+    if total > _MOST_BYTES:
+        raise InvalidModel(f"the weights of {path.name} are {total:,} bytes; at most {_MOST_BYTES:,} can be converted")
     try:
         load_external_data_for_model(model, str(folder))
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise InvalidModel(f"the weights of {path.name} can't be read: {_first_line(error)}") from error
+        raise InvalidModel(f"the weights of {path.name} can't be read: {first_line(error)}") from error
     return model
 
 
@@ -56,20 +56,19 @@ def checked(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise InvalidModel(f"the file is no valid ONNX: {_first_line(error)}") from error
-    model = inliner.inline_local_functions(model) if model.functions else _copy(model)
+        raise InvalidModel(f"the file is no valid ONNX: {first_line(error)}") from error
+    model = inliner.inline_local_functions(model) if model.functions else deepcopy(model)
     graph = model.graph
     if len(graph.node) > _MOST_NODES:
         raise InvalidModel(f"the graph has {len(graph.node):,} nodes; at most {_MOST_NODES:,} can be converted")
     for node in graph.node:
-        if node.domain not in _OWN_DOMAINS:
+        if node.domain not in OWN_DOMAINS:
             raise InvalidModel(
                 f"{title(node)} is an operator of {node.domain!r}; only ONNX's own can be converted, "
                 "since no library of operators is loaded"
             )
-    opset = max((each.version for each in model.opset_import if each.domain in _OWN_DOMAINS), default=1)
-    if opset < LEAST_OPSET:
-        raise InvalidModel(f"the graph is of opset {opset}; {LEAST_OPSET} is the least that can be converted")
+    if (opset := opset_of(model)) < _LEAST_OPSET:
+        raise InvalidModel(f"the graph is of opset {opset}; {_LEAST_OPSET} is the least that can be converted")
     if graph.sparse_initializer:
         raise InvalidModel(f"the weights {graph.sparse_initializer[0].values.name!r} are sparse; they must be dense")
     weights = {each.name for each in graph.initializer}
@@ -118,7 +117,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            for inner in (attribute.g, *attribute.graphs):
                 yield from _tensors(inner)
 
 
@@ -127,13 +126,3 @@ def _bytes(tensor: TensorProto) -> int:
     for dim in tensor.dims:
         size *= dim
     return size
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

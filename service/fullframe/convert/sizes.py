@@ -8,9 +8,10 @@ from typing import Final
 import numpy as np
 import onnx
 
-from fullframe.convert.draft import Array, Draft, Shape, attributes, counted, set_attributes, title, words
+from fullframe.convert.draft import Array, Draft, Shape, attributes, counted, set_attributes, words
 from fullframe.convert.layout import moved, moves, numbered
 from fullframe.errors import InvalidModel
+from fullframe.model.graphs import title
 
 _BROADCASTING: Final = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "Sum", "Mean", "PRelu"})
 
@@ -167,20 +168,16 @@ def _target(draft: Draft, node: onnx.NodeProto, dims: Sequence[_Dim], computed: 
         return draft.add_constant(np.array([dim if isinstance(dim, int) else -1 for dim in numbers], np.int64), "shape")
     if computed or sizes.count(_REST) > 1:
         return ""
-    parts = [
-        draft.make("Shape", [dim.name], start=dim.axis, end=dim.axis + 1) if isinstance(dim, _SizeOf) else dim
-        for dim in numbers
-    ]
-    names = [
-        part.output[0]
-        if isinstance(part, onnx.NodeProto)
-        else draft.add_constant(np.array([part if isinstance(part, int) else -1]), "shape")
-        for part in parts
-    ]
-    nodes = [part for part in parts if isinstance(part, onnx.NodeProto)]
-    nodes.append(draft.make("Concat", names, axis=0))
-    draft.insert(nodes, node)
-    return nodes[-1].output[0]
+    nodes, names = list[onnx.NodeProto](), list[str]()
+    for dim in numbers:
+        if isinstance(dim, _SizeOf):
+            nodes.append(draft.make("Shape", [dim.name], start=dim.axis, end=dim.axis + 1))
+            names.append(nodes[-1].output[0])
+        else:
+            names.append(draft.add_constant(np.array([dim if isinstance(dim, int) else -1], np.int64), "shape"))
+    joined = draft.make("Concat", names, axis=0)
+    draft.insert([*nodes, joined], node)
+    return joined.output[0]
 
 
 def refuse_fixed_constants(draft: Draft) -> None:

@@ -17,7 +17,7 @@ import onnx
 
 from fullframe.convert.options import Options
 from fullframe.convert.reading import read_onnx
-from fullframe.errors import InvalidInput, quoted
+from fullframe.errors import InvalidInput, first_line, quoted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -156,7 +156,7 @@ _KINDS: Final = {"torchvision": _torchvision, "timm": _timm, "python": _factory}
 
 def _filled(spec: str, build: Callable[..., "nn.Module"], weights: Path | None) -> tuple["nn.Module", bool]:
     """A zoo's network with published weights, or a file's and as many classes; whether the classes are the zoo's."""
-    from fullframe.convert.modules import class_count, first_line, load_weights, read_weights
+    from fullframe.convert.modules import class_count, load_weights, read_weights
 
     if weights is None:
         try:

@@ -7,13 +7,14 @@ from typing import Final
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import helper, version_converter
 
-from fullframe.convert.draft import Draft, attributes, counted, set_attributes, title
-from fullframe.errors import InvalidModel
+from fullframe.convert.draft import Array, Draft, attributes, counted, set_attributes, taken
+from fullframe.convert.runtime import open_session
+from fullframe.errors import InvalidModel, first_line
+from fullframe.model.contract import OPSET
+from fullframe.model.graphs import title
 
-OPSET: Final = 18
 _MOST_ELEMENTS: Final = 2**29
 _LAYOUT: Final = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
 _RANDOM: Final = ("Random", "Multinomial", "Bernoulli")
@@ -69,8 +70,7 @@ def upgrade(draft: Draft) -> None:
         model = draft.model(weights=False, images=1, size=draft.size)
         draft.take(version_converter.convert_version(model, OPSET))
     except RuntimeError as error:  # the only kind it has
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidModel(f"the graph can't be brought from opset {old} to {OPSET}: {reason}") from error
+        raise InvalidModel(f"the graph can't be brought from opset {old} to {OPSET}: {first_line(error)}") from error
     draft.note(f"opset {old} -> {OPSET}")
 
 
@@ -90,10 +90,11 @@ def fold(draft: Draft) -> None:
 
 def _fold_constants(draft: Draft) -> None:
     draft.sweep()
-    folded = [node for node in draft.nodes if _is_constant(draft, node)]
-    _compute(draft, folded)
-    computed = {id(node) for node in folded}
-    draft.nodes = [node for node in draft.nodes if id(node) not in computed]
+    constant = [node for node in draft.nodes if _is_constant(draft, node)]
+    rest = [node for node in draft.nodes if not _is_constant(draft, node)]
+    wanted = {name for node in rest for name in taken(node)}
+    draft.constants |= _computed(draft, constant, wanted)
+    draft.nodes = rest
     draft.touch()
 
 
@@ -124,34 +125,30 @@ def _choose_branches(draft: Draft) -> bool:
 
 
 def _is_constant(draft: Draft, node: onnx.NodeProto) -> bool:
-    """A node's inputs come before it, so `constants` need hold no more than the graph's own."""
+    """Whether what a node makes is the same for every image, and can be computed here."""
     plain = not node.op_type.startswith(_RANDOM) and not any(each.HasField("g") for each in node.attribute)
     return plain and not draft.fed(node)
 
 
-def _compute(draft: Draft, nodes: list[onnx.NodeProto]) -> None:
+def _computed(draft: Draft, nodes: list[onnx.NodeProto], wanted: set[str]) -> dict[str, Array]:
+    """Those of the tensors `wanted` that constant nodes make."""
     made = {name for node in nodes for name in node.output if name}
-    kept = {id(node) for node in nodes}
-    wanted = {name for node in draft.nodes if id(node) not in kept for name in node.input if name in made}
     if draft.scores in made:
         raise InvalidModel("the scores do not depend on the image")
-    if not wanted:
-        return
-    taken = {name for node in nodes for name in node.input}
-    weights = [draft.as_tensor(name) for name in taken if name in draft.constants]
-    outputs = [helper.make_empty_tensor_value_info(name) for name in sorted(wanted)]
-    graph = helper.make_graph(nodes, "constants", [], outputs, weights)
+    names = sorted(made & wanted)
+    if not names:
+        return {}
+    weights = {name for node in nodes for name in node.input if name in draft.constants}
+    outputs = [helper.make_empty_tensor_value_info(name) for name in names]
+    graph = helper.make_graph(nodes, "constants", [], outputs, [draft.as_tensor(name) for name in weights])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", draft.opset)], ir_version=10)
     _check_elements(model)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    session = open_session(model.SerializeToString(), "the graph's constant part")
     try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        values = session.run(sorted(wanted), {})
+        values = session.run(names, {})
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidModel(f"the graph's constants can't be computed: {reason}") from error
-    draft.constants |= dict(zip(sorted(wanted), map(np.asarray, values), strict=True))
+        raise InvalidModel(f"the graph's constants can't be computed: {first_line(error)}") from error
+    return dict(zip(names, map(np.asarray, values), strict=True))
 
 
 def _check_elements(model: onnx.ModelProto) -> None:

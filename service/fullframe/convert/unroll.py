@@ -5,15 +5,17 @@ A fully connected layer over a map is a convolution with a kernel of the map's s
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import onnx
 
-from fullframe.convert.draft import Array, Draft, attributes, set_attributes, title
+from fullframe.convert.draft import Array, Draft, attributes, set_attributes
 from fullframe.convert.layout import LAYOUT, moved, moves, numbered
 from fullframe.errors import InvalidModel
+from fullframe.model.graphs import title
 
 POINTWISE: Final = frozenset(
     {"Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish"}
@@ -148,7 +150,10 @@ class _Unrolling:
         """Put the new nodes into the graph; raises InvalidModel where the scores are no channels."""
         scores = self._cells[self._draft.scores]
         if scores.block[1:] != (1, 1):
-            raise InvalidModel("the scores are a map of {} x {} cells, pooled by nothing".format(*scores.block[1:]))
+            raise InvalidModel(
+                "the scores {!r} are a map of {} x {} cells at the source's size; a classifier pools them, to one for "
+                "each class".format(self._draft.scores, *scores.block[1:])
+            )
         self._draft.insert(self._nodes)
         name = scores.name
         if not scores.plain:
@@ -160,10 +165,8 @@ class _Unrolling:
 
     def _with(self, source: _Cells, node: onnx.NodeProto, inputs: Sequence[str] = ()) -> _Cells:
         """The same operator on the map."""
-        new = onnx.NodeProto()
-        new.CopyFrom(node)
-        del new.input[:]
-        new.input.extend(inputs or [source.name, *list(node.input)[1:]])
+        new = deepcopy(node)
+        new.input[:] = inputs or [source.name, *list(node.input)[1:]]
         new.output[0] = new.name = self._draft.fresh(node.output[0])
         self._nodes.append(new)
         return _Cells(new.output[0], source.block, source.places)

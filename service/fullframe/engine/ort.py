@@ -19,7 +19,7 @@ ort.set_default_logger_severity(3)
 
 # A lone image of fewer pixels is done before a second core could help.
 _SHARED_PIXELS: Final = 50_000
-CPU: Final = "CPUExecutionProvider"
+_CPU: Final = "CPUExecutionProvider"
 LARGE_PIXELS: Final = 2_000_000
 """From here on an image is computed on all cores, and its memory is given back, which costs time: the arena would keep
 it for good."""
@@ -103,7 +103,7 @@ class OrtEngine:
     @property
     def accelerated(self) -> bool:
         """Whether another device than the CPU runs the graph."""
-        return bool(self._one_core.get_providers()[0] != CPU)
+        return bool(self._one_core.get_providers()[0] != _CPU)
 
     @cached_property
     def bytes_per_pixel(self) -> float:
@@ -140,7 +140,7 @@ class OrtEngine:
         if not spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            return ort.InferenceSession(model, options, providers=[CPU])
+            return ort.InferenceSession(model, options, providers=[_CPU])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             reason = str(error).splitlines()[0].replace(str(self.path), self.path.name)
             raise InvalidModel(f"{self.path.name} can't be loaded: {reason}") from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Final
 
+from fullframe.defaults import MAX_PIXELS_IN_FLIGHT, TILE_PIXELS
 from fullframe.engine.answer import answer_from, outputs_for
 from fullframe.engine.machine import available_cores, available_memory
 from fullframe.engine.merge import Merging
@@ -22,8 +23,6 @@ from fullframe.image import Limits, OnDisk, Picture, open_encoded, open_raw
 from fullframe.model.contract import Contract
 from fullframe.model.repository import Precision, find_models, version_order
 
-DEFAULT_PIXELS_IN_FLIGHT: Final = 256_000_000
-DEFAULT_TILE_PIXELS: Final = 4_000_000
 _SHARE_OF_MEMORY: Final = 0.75  # that images may take, unless told
 
 _making_tilers: Final = threading.Lock()
@@ -105,15 +104,16 @@ class Plane:
         *,
         limits: Limits,
         workers: int = 0,
-        max_pixels_in_flight: int = DEFAULT_PIXELS_IN_FLIGHT,
+        max_pixels_in_flight: int = MAX_PIXELS_IN_FLIGHT,
         memory_budget: int = 0,
-        tile_pixels: int = DEFAULT_TILE_PIXELS,
+        tile_pixels: int = TILE_PIXELS,
         batching: Batching = "auto",
     ) -> None:
         self.limits, self._tile_pixels = limits, tile_pixels
         self._models = list(models)
         budget = Budget(max_pixels_in_flight, memory_budget or round(_SHARE_OF_MEMORY * available_memory()))
         workers = workers or available_cores()
+        # The workers' batches take half of the memory, so that other images find room.
         self._together = dict(_batches(models, batching, budget.memory // 2 // workers))
         self._memory_budget, self._scheduler = budget.memory, Scheduler(workers, budget)
         # Headers are read beside the queue, since admission needs their sizes.
@@ -213,9 +213,9 @@ def open_plane(
     *,
     limits: Limits | None = None,
     workers: int = 0,
-    max_pixels_in_flight: int = DEFAULT_PIXELS_IN_FLIGHT,
+    max_pixels_in_flight: int = MAX_PIXELS_IN_FLIGHT,
     memory_budget: int = 0,
-    tile_pixels: int = DEFAULT_TILE_PIXELS,
+    tile_pixels: int = TILE_PIXELS,
     precision: Precision = "float32",
     batching: Batching = "auto",
 ) -> Plane:

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
-from types import TracebackType
 from typing import Final, Self
 
 from fullframe.engine.plane import Plane, Served, open_plane
@@ -111,12 +110,7 @@ class Predictor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _submit(self, image: ImageSource, query: Query, on_progress: OnProgress | None) -> Future[Answer]:

@@ -3,13 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
+from fullframe.engine.pooling import FloatArray as FloatArray
 from fullframe.engine.pooling import Pooling
 from fullframe.errors import InvalidInput
-
-FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

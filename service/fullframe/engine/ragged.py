@@ -15,7 +15,7 @@ from fullframe.engine.query import Answer, FloatArray, Query, Timings
 from fullframe.engine.schedule import Batching, Job
 from fullframe.errors import InvalidModel
 from fullframe.image import Pixels
-from fullframe.model.contract import INPUT, MAP_SIZES, SIZES
+from fullframe.model.contract import INPUT, MAP_SIZES, MAPS, SIZES
 
 MOST_WASTE: Final = 0.25
 """Pixels that a batch may pad, as a share of its images' own."""
@@ -23,8 +23,6 @@ MOST_PIXELS: Final = 2_000_000
 """Pixels of a batch, padding included."""
 MASKS_SHARE: Final = 1.5
 """Memory for each pixel of a batch, as a multiple of a lone image's: masked maps are copies. The bundled model: 1.4."""
-
-_MAPS: Final = frozenset({"feature_map", "class_map"})
 
 Size = tuple[int, int]
 """Height, width."""
@@ -172,4 +170,4 @@ def ragged_engine(engine: OrtEngine, batching: Batching) -> RaggedEngine | None:
 
 def _own(name: str, found: NDArray[Any], size: NDArray[np.int64]) -> FloatArray:
     """An image's part of an output; copied, so that it does not keep its neighbours' alive."""
-    return (found[:, : size[0], : size[1]] if name in _MAPS else found).copy()
+    return (found[:, : size[0], : size[1]] if name in MAPS else found).copy()

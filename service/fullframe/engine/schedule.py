@@ -13,8 +13,10 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
 
+SHUTTING_DOWN: Final = "shutting down: ask another server, or this one later"
+
 _FIRST_RATE: Final = 2e6  # pixels a second on one worker, assumed until jobs have been timed
-_MEMORY: Final = 0.95  # how much of the past each new timing leaves in the rate
+_DECAY: Final = 0.95  # how much of the past each new timing leaves in the rate
 _SHORTEST_RETRY: Final = 0.1  # seconds
 _CANDIDATES: Final = 256  # jobs looked at for company: enough for a good choice, and soon done
 
@@ -234,7 +236,7 @@ class Scheduler:
 
     def _admit(self, jobs: Sequence[Job]) -> None:
         if self._draining:
-            raise Unavailable("shutting down: ask another server, or this one later")
+            raise Unavailable(SHUTTING_DOWN)
         for needed, most, text in zip(_Taken(self._workers, jobs).total(), self._budget, _TEXTS, strict=True):
             if needed > most:
                 rather = "send its images in several requests" if len(jobs) > 1 else "send a smaller image"
@@ -295,8 +297,8 @@ class Scheduler:
         if outcome == "paused":
             outcome, deliver = self._pause(entry)
         elif outcome == "finished" and not entry.job.in_steps:
-            self._timed_pixels = _MEMORY * self._timed_pixels + entry.job.pixels
-            self._timed_seconds = _MEMORY * self._timed_seconds + seconds
+            self._timed_pixels = _DECAY * self._timed_pixels + entry.job.pixels
+            self._timed_seconds = _DECAY * self._timed_seconds + seconds
         if outcome != "paused":
             self._end(entry, outcome)
         return outcome, deliver

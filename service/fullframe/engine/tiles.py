@@ -25,12 +25,11 @@ PIECE_PIXELS: Final = 2**18
 BAND_WIDTH: Final = 4096
 """Pixels. Beside its neighbours a band sees a receptive field's width of their pixels again."""
 
-Head = Callable[[FloatArray], FloatArray]
-"""From features [C] to logits [K]."""
-
-
 # What a piece takes in times of its own pixels, as the arena grows by doubling: measured below 4.
 _AROUND_PIECE: Final = 4
+
+Head = Callable[[FloatArray], FloatArray]
+"""From features [C] to logits [K]."""
 
 
 def memory_for_pieces(engine: OrtEngine, width: int) -> int:
@@ -136,7 +135,7 @@ class Tiler:
         contract = self._engine.contract
         (_, stride), (_, start), (_, field) = contract.stride, contract.start, contract.receptive_field
         _, step = self._strips.geometry.graph.alignment("feature_map")
-        _, cells = self.map_size(max(contract.smallest_size[0], 1), width)
+        _, cells = self.map_size(contract.smallest_size[0], width)
         most = max(1, (self._band_width - field - step) // stride)
         for first in range(0, cells, most):
             last = min(first + most, cells) - 1

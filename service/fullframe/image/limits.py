@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fullframe.defaults import MAX_BYTES, MAX_FRAMES, MAX_HELD_PIXELS, MAX_PIXELS, MAX_TEMPORARY_BYTES
 from fullframe.errors import InvalidInput
 from fullframe.image.formats import SUPPORTED
 
@@ -20,11 +21,11 @@ class Limits:
         formats: names of SUPPORTED formats.
     """
 
-    max_pixels: int = 32_000_000
-    max_bytes: int = 64 * 2**20
-    max_frames: int = 1000
-    max_held_pixels: int = 32_000_000
-    max_temporary_bytes: int = 2 * 2**30
+    max_pixels: int = MAX_PIXELS
+    max_bytes: int = MAX_BYTES
+    max_frames: int = MAX_FRAMES
+    max_held_pixels: int = MAX_HELD_PIXELS
+    max_temporary_bytes: int = MAX_TEMPORARY_BYTES
     formats: frozenset[str] = SUPPORTED
 
     def __post_init__(self) -> None:

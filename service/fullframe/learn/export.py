@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fullframe.convert.metadata import get_contract, set_contract
 from fullframe.convert.modules import quiet, strip
+from fullframe.convert.runtime import open_session, tensors
 from fullframe.errors import InvalidModel
 from fullframe.files import write_atomically
 from fullframe.learn.nets import Net
@@ -24,13 +24,12 @@ from fullframe.model.contract import (
     INPUT,
     LOGITS_FROM_FEATURES,
     LOGITS_FROM_MAP,
+    OPSET,
     OUTPUTS,
     Contract,
-    TensorInfo,
 )
 from fullframe.model.geometry import graph_geometry
 
-OPSET = 18
 TOLERANCE = 1e-4
 POOLING_NAMES = {"gem": "gem(3)"}  # the others have one name in both rooms
 CHECKED_SIZES = (
@@ -133,14 +132,8 @@ def check(model: onnx.ModelProto, net: Net, recipe: Recipe) -> float:
     Returns the largest difference, relative to max(1, the reference's largest value). Raises InvalidModel where it
     passes TOLERANCE, naming size and output, or where the graph breaks the contract in its metadata.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_mem_pattern = False
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    inputs, outputs = (
-        [TensorInfo(node.name, node.type, node.shape) for node in nodes]
-        for nodes in (session.get_inputs(), session.get_outputs())
-    )
+    session = open_session(model.SerializeToString(), "the exported graph")
+    inputs, outputs = tensors(session)
     get_contract(model).check_graph(inputs, outputs)
     served = Served(net, recipe).eval()
     names = [tensor.name for tensor in outputs]

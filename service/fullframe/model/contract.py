@@ -13,12 +13,14 @@ from typing import Any, Final
 from fullframe.errors import InvalidModel
 
 VERSION: Final = "1"
+OPSET: Final = 18
+"""What an exported file has, and a converted one at least."""
 PREFIX: Final = "fullframe."
 INPUT: Final = "images"
 SIZES: Final = "sizes"
 MAP_SIZES: Final = "map_sizes"
-OUTPUTS: Final = ("features", "logits", "feature_map", "class_map")
-OPTIONAL_OUTPUTS: Final = frozenset({"class_map"})
+MAPS: Final = ("feature_map", "class_map")
+OUTPUTS: Final = ("features", "logits", *MAPS)
 
 FLOAT32: Final = "float32"
 INT8: Final = "int8"
@@ -105,6 +107,11 @@ class Contract:
         """Whether the graph offers `class_map`."""
         return self.logits == LOGITS_FROM_MAP
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Those of OUTPUTS that the graph offers."""
+        return tuple(name for name in OUTPUTS if self.has_class_map or name != "class_map")
+
     def to_metadata(self) -> dict[str, str]:
         """The ONNX `metadata_props` that from_metadata reads back."""
         return {
@@ -187,7 +194,7 @@ class Contract:
         for name in OUTPUTS:
             if name in by_name:
                 _check_tensor(by_name[name], "float", shapes[name])
-            elif name not in OPTIONAL_OUTPUTS or self.has_class_map:
+            elif name in self.outputs:
                 raise InvalidModel(f"the graph has no output {name!r}; it has {', '.join(by_name) or 'none'}")
 
 

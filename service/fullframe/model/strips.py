@@ -16,15 +16,13 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fullframe.errors import InvalidModel
-from fullframe.model.contract import INPUT
+from fullframe.model.contract import INPUT, MAPS
 from fullframe.model.geometry import OUTPUT, Geometry, GraphGeometry, TensorGeometry, graph_geometry
-from fullframe.model.graphs import ancestors
+from fullframe.model.graphs import WINDOWS, ancestors, title
 
 Place = Literal["first", "middle", "last"]
 _PLACES: Final[tuple[Place, ...]] = ("first", "middle", "last")
-_OUTPUTS: Final = (OUTPUT, "class_map")
 
-_WINDOWS: Final = frozenset({"Conv", "MaxPool", "AveragePool", "LpPool"})
 _END: Final = 2**62
 
 
@@ -57,7 +55,7 @@ def strip_graphs(path: Path) -> StripGraphs:
     geometry = graph_geometry(model)
     if geometry.obstacles:
         raise InvalidModel(f"can't be computed in pieces: {geometry.obstacles[0]}")
-    outputs = [name for name in _OUTPUTS if name in geometry.graph.outputs]
+    outputs = [name for name in MAPS if name in geometry.graph.outputs]
     typed = onnx.shape_inference.infer_shapes(model)
     cutters = {place: _Cutter(typed, geometry.graph, outputs, place) for place in _PLACES}
     step = geometry.graph.alignment(OUTPUT)[0]
@@ -116,7 +114,7 @@ class _Cutter:
             return
         rows = {self._maps[name].numbers[0] for name in maps}
         made = [self._maps.get(name) for name in node.output if name]
-        if node.op_type in _WINDOWS and made[0] is not None and made[0].numbers[0] not in rows:
+        if node.op_type in WINDOWS and made[0] is not None and made[0].numbers[0] not in rows:
             lag = self._window(node, maps[0])
         elif len(maps) > 1:
             lag = self._join(node, maps)
@@ -124,7 +122,7 @@ class _Cutter:
             lag = self.lags[maps[0]]
             self._nodes.append(node)
         else:
-            raise InvalidModel(f"can't be computed in strips: {_title(node)} changes the rows of its map")
+            raise InvalidModel(f"can't be computed in strips: {title(node)} changes the rows of its map")
         if node.op_type == "DequantizeLinear":
             self._dequantized[node.output[0]] = node
         self.lags |= dict.fromkeys(node.output, lag)
@@ -135,7 +133,7 @@ class _Cutter:
         kernel = attributes.get("kernel_shape") or self._weights[node.input[1]][2:]
         stride, dilation = (attributes.get(name, [1, 1])[0] for name in ("strides", "dilations"))
         if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-            raise InvalidModel(f"can't be computed in strips: {_title(node)} has auto_pad; write its padding out")
+            raise InvalidModel(f"can't be computed in strips: {title(node)} has auto_pad; write its padding out")
         pads = list(attributes.get("pads", [0, 0, 0, 0]))
         extent = (kernel[0] - 1) * dilation + 1
         # A window shorter than its stride waits for all the rows that it steps over.
@@ -249,7 +247,3 @@ def _set(node: onnx.NodeProto, name: str, value: int | list[int]) -> None:
     kept = [each for each in node.attribute if each.name != name]
     del node.attribute[:]
     node.attribute.extend([*kept, helper.make_attribute(name, value)])
-
-
-def _title(node: onnx.NodeProto) -> str:
-    return f"{node.op_type} {node.name or node.output[0]!r}"

@@ -72,17 +72,17 @@ class Call(AbstractAsyncContextManager["Call"]):
             self._broken_off = True
             raise asyncio.CancelledError from None
 
-    def hold(self, size: int, so_far: int = 0) -> None:
-        """Count `size` bytes, after `so_far` of the same image, as held until released or the call ends.
+    def hold(self, size: int) -> None:
+        """Count `size` bytes as held until released or the call ends.
 
         Raises:
-            InvalidInput: together they are more than there ever is room for.
+            InvalidInput: they are more than there ever is room for.
             Overloaded: there is no room now.
         """
         calls = self._calls
-        if so_far + size > calls.max_bytes:
+        if size > calls.max_bytes:
             raise InvalidInput(
-                f"the request is of {so_far + size} bytes; at most {calls.max_bytes} can be held: "
+                f"the request is of {size} bytes; at most {calls.max_bytes} can be held: "
                 "send its images in several requests",
                 "images",
             )

@@ -13,6 +13,7 @@ from google.rpc.status_pb2 import Status
 from fullframe.engine.plane import EncodedImage, Plane, Served
 from fullframe.engine.progress import OnShare, unheard
 from fullframe.engine.query import Answer, Query
+from fullframe.engine.schedule import SHUTTING_DOWN
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
 from fullframe.image import Limits, Picture
 from fullframe.server import messages
@@ -88,7 +89,7 @@ class Answering:
         outcomes: list[Outcome] = []
         for result in results:
             if isinstance(result, CancelledError):  # by the engine
-                result = Unavailable("shutting down: ask another server, or this one later")
+                result = Unavailable(SHUTTING_DOWN)
             elif isinstance(result, Answer) and (size := messages.answer_bytes(result)) > room:
                 result = InvalidInput(
                     f"the answer takes {size} bytes, and {room} are left in the response: "

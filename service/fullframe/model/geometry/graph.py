@@ -13,6 +13,7 @@ from fullframe.model.geometry.context import Context
 from fullframe.model.geometry.nodes import Node, constant
 from fullframe.model.geometry.operators import apply
 from fullframe.model.geometry.tensors import SOME, Dim, Dims, Obstacle, Side, Tensor
+from fullframe.model.graphs import opset_of
 
 if TYPE_CHECKING:
     import onnx
@@ -67,7 +68,7 @@ class GraphGeometry:
     def __init__(self, model: "onnx.ModelProto") -> None:
         """Raises InvalidModel where there is no image to begin with, or no size up to axis.LARGEST works."""
         graph = model.graph
-        opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
+        opset = opset_of(model)
         self._context = Context(opset)
         self._known: dict[str, Tensor] = {each.name: constant(each) for each in graph.initializer}
         image = self._inputs(graph)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fullframe.model.geometry.tensors import Tensor
+from fullframe.model.graphs import OWN_DOMAINS, title
 
 if TYPE_CHECKING:
     import onnx
@@ -32,8 +33,8 @@ class Node:
     """
 
     def __init__(self, proto: "onnx.NodeProto") -> None:
-        self.op: str = proto.op_type if proto.domain in ("", "ai.onnx") else ""
-        self.title = f"{proto.op_type} {proto.name or proto.output[0]!r}"
+        self.op: str = proto.op_type if proto.domain in OWN_DOMAINS else ""
+        self.title = title(proto)
         self.inputs: list[str] = list(proto.input)
         self.outputs: list[str] = list(proto.output)
         self._attributes: dict[str, Any] = {attribute.name: attribute for attribute in proto.attribute}

@@ -8,6 +8,7 @@ from fullframe.model.geometry.nodes import Node
 from fullframe.model.geometry.shapes import SHAPE_RULES, arithmetic
 from fullframe.model.geometry.tensors import Kind, Obstacle, Tensor, Unfollowed, made, varies
 from fullframe.model.geometry.windows import Inputs, Rule, crop, first_of, ints_of, padding, resize, window
+from fullframe.model.graphs import WINDOWS
 
 _BROADCASTING: Final = (
     frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Mod", "Max", "Min", "Sum", "Mean", "PRelu", "Where"})
@@ -20,7 +21,6 @@ _POINTWISE: Final = (
     | {"Sigmoid", "Shrink", "Softplus", "Softsign", "Swish", "Tanh", "ThresholdedRelu"}
 )
 _CHANNELWISE: Final = frozenset({"BatchNormalization", "LRN"})
-_WINDOWS: Final = frozenset({"Conv", "MaxPool", "AveragePool", "LpPool"})
 _GLOBAL: Final = frozenset({"GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"})
 _REDUCING: Final = frozenset(
     "Reduce" + what for what in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
@@ -128,7 +128,7 @@ def _rules() -> dict[str, Rule]:
         (_POINTWISE, _pointwise),
         (_BROADCASTING, _broadcasting),
         (_CHANNELWISE, _channelwise),
-        (_WINDOWS, window),
+        (WINDOWS, window),
         (_GLOBAL | _REDUCING, _reduction),
         (_ALL_OVER | _SOFTMAX | {"LayerNormalization", "LpNormalization"}, _normalization),
         (frozenset({"QuantizeLinear", "DequantizeLinear"}), _quantization),

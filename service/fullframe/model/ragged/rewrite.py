@@ -9,15 +9,14 @@ import onnx
 from onnx import helper
 
 from fullframe.errors import InvalidModel
-from fullframe.model.contract import MAP_SIZES, OUTPUTS, SIZES
+from fullframe.model.contract import MAP_SIZES, MAPS, OUTPUTS, SIZES
 from fullframe.model.geometry import OUTPUT, GraphGeometry, graph_geometry
-from fullframe.model.geometry.axis import Repeat, Window
+from fullframe.model.geometry.axis import Repeat, Step, Window
 from fullframe.model.geometry.nodes import Node
 from fullframe.model.geometry.tensors import Side, Tensor, varies
-from fullframe.model.graphs import ancestors
+from fullframe.model.graphs import ancestors, opset_of
 from fullframe.model.ragged.masks import Fill, Masks, Sight
 
-_MAPS: Final = (OUTPUT, "class_map")
 _LEAST_OPSET: Final = 15
 
 _WINDOWS: Final[dict[str, Fill]] = {"Conv": "zero", "MaxPool": "least", "AveragePool": "zero", "LpPool": "zero"}
@@ -50,8 +49,7 @@ def ragged_model(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     geometry = graph_geometry(model).graph
     geometry.check_sizes()
-    opset = max(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
-    if opset < _LEAST_OPSET:
+    if (opset := opset_of(model)) < _LEAST_OPSET:
         raise InvalidModel(f"the graph is of opset {opset}; onnx.version_converter makes it one of {_LEAST_OPSET}")
     return _Rewriter(model, geometry).model()
 
@@ -81,7 +79,7 @@ class _Rewriter:
                 self._visit(node)
         if sized := self._sized.intersection(names):
             raise _refused(f"output {min(sized)!r}", "holds the image's size, which in a batch is the padded one")
-        maps = [name for name in _MAPS if name in names]
+        maps = [name for name in MAPS if name in names]
         if len({self._masks.map_sizes(name) for name in maps}) > 1:
             raise _refused(f"output {maps[1]!r}", f"has other cells than {maps[0]!r}")
         renamed = {self._masks.map_sizes(OUTPUT): MAP_SIZES}
@@ -157,11 +155,12 @@ class _Rewriter:
         output = node.outputs[0]
         pads = bool(node.number("count_include_pad", 0))
         wrong = [each for each in sights if each.window.ceil_mode or (each.window.after > 0 and not pads)]
-        if wrong:
-            proto.output[0] = pooled = f"{output}.pooled"
+        if not wrong:
+            return
+        proto.output[0] = pooled = product = f"{output}.pooled"
         for sight in wrong:
-            ratio = self._masks.divisors(node.inputs[0], sight, pads, f"{output}.pooled")
-            pooled = self._masks.add("Mul", [pooled, ratio], output if sight is wrong[-1] else "")
+            ratio = self._masks.divisors(node.inputs[0], sight, pads, pooled)
+            product = self._masks.add("Mul", [product, ratio], output if sight is wrong[-1] else "")
 
     def _sights(self, node: Node) -> list[Sight]:
         """How a window sees its source, but along sides where it sees one cell alone."""
@@ -178,8 +177,7 @@ class _Rewriter:
     def _pad(self, node: Node, proto: onnx.NodeProto) -> None:
         """The constant meets each image's own border: its padding becomes the same first."""
         self._check(node)
-        steps = [self._geometry.step(dim) for dim in self._known(node.outputs[0]).dims or () if isinstance(dim, Side)]
-        if any(isinstance(step, Window) and step.after > 0 for step in steps):
+        if any(isinstance(step, Window) and step.after > 0 for step in self._steps(node)):
             value = node.inputs[2] if len(node.inputs) > 2 else ""
             proto.input[0] = self._masks.masked(node.inputs[0], "zero", value)
         self._masks.nodes.append(proto)
@@ -195,8 +193,7 @@ class _Rewriter:
 
     def _resize(self, node: Node, proto: onnx.NodeProto) -> None:
         self._check(node)
-        steps = [self._geometry.step(dim) for dim in self._known(node.outputs[0]).dims or () if isinstance(dim, Side)]
-        if any(isinstance(step, Repeat) and max(last for _, last in step.taps) > 0 for step in steps):
+        if any(isinstance(step, Repeat) and max(last for _, last in step.taps) > 0 for step in self._steps(node)):
             raise InvalidModel("repeats the last cells of the map at its border, which in a batch is padding's")
         self._masks.nodes.append(proto)
 
@@ -226,6 +223,10 @@ class _Rewriter:
         axes = node.numbers("axes") or [each for each in given or () if isinstance(each, int)]
         whole = [] if node.number("noop_with_empty_axes", 0) else list(range(rank))
         return sorted(axis % rank for axis in axes) or whole
+
+    def _steps(self, node: Node) -> list[Step | None]:
+        """How each side of the map that a node makes comes of its source's."""
+        return [self._geometry.step(dim) for dim in self._known(node.outputs[0]).dims or () if isinstance(dim, Side)]
 
     def _known(self, name: str) -> Tensor:
         return self._geometry.known(name)
