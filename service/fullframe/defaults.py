@@ -1,4 +1,4 @@
-"""What is allowed where nothing else is asked for: the same in this process and on a server."""
+"""What is allowed where nothing else is asked for: of images that come to a server, and of one's own files."""
 
 from typing import Final
 
@@ -6,6 +6,9 @@ MAX_PIXELS: Final = 32_000_000
 """Of one image."""
 MAX_HELD_PIXELS: Final = 32_000_000
 """Of an image that must be in memory at once."""
+OWN_PIXELS: Final = 100_000_000_000
+"""Of one's own image, which is worked on in pieces."""
+OWN_HELD_PIXELS: Final = 256_000_000
 MAX_BYTES: Final = 64 * 2**20
 """Of an encoded file."""
 MAX_FRAMES: Final = 1000

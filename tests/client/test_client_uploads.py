@@ -62,6 +62,19 @@ def predict(surface: str, target: str, image: Any, wish: dict[str, Any], **optio
 
 
 @SURFACES
+def test_a_long_file_goes_up_in_chunks_though_a_message_would_take_it(tiny_model: Path, surface: str) -> None:
+    long = encode(pixels(9, 9), "JPEG") + bytes(9 * MIB)  # what follows a JPEG's end is of no account
+    with serving_here(models=f"tiny={tiny_model}") as server:
+        heard: list[Progress] = []
+        answer = predict(surface, server.target, long, {"on_progress": heard.append})
+        assert (answer.height, answer.width) == (9, 9)
+        assert {news.total for news in heard} == {len(long)}
+        heard.clear()
+        predict(surface, server.target, long[: 7 * MIB], {"on_progress": heard.append})
+        assert not heard, "this one goes in a message"
+
+
+@SURFACES
 def test_a_file_is_read_as_it_is_sent(
     limited: InProcess, tiny_model: Path, large: Path, surface: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,3 +173,11 @@ def test_an_image_that_takes_too_much_memory_whole_is_computed_in_pieces(slow_mo
         answers.append(logits)
         plane.close()
     np.testing.assert_allclose(answers[1], answers[0], atol=1e-4)
+
+
+def test_a_low_image_however_wide_takes_no_memory_for_rows_that_it_has_not() -> None:
+    plane = open_plane([], memory_budget=10**9, tile_pixels=10**5)
+    [future] = plane.submit(plane.model(), [opened(plane, raw(1, 600_000))], Query())
+    assert plane.counters().memory_in_flight < 5e8
+    assert future.result().classes
+    plane.close()

@@ -12,6 +12,7 @@ from fullframe.cli import complain
 from fullframe.cli.answers import Answers
 from fullframe.cli.files import check_output, find_images
 from fullframe.cli.options import (
+    MOST_MEGAPIXELS,
     Asked,
     EngineOption,
     JsonOption,
@@ -48,7 +49,7 @@ def classify(
     model: ModelOption = "",
     engine: EngineOption = "auto",
     precision: PrecisionOption = "float32",
-    max_megapixels: MegapixelsOption = 100_000,
+    max_megapixels: MegapixelsOption = MOST_MEGAPIXELS,
     timeout: TimeoutOption = 30,
 ) -> None:
     """Name the most probable classes of images."""
@@ -82,7 +83,7 @@ def embed(
     model: ModelOption = "",
     engine: EngineOption = "auto",
     precision: PrecisionOption = "float32",
-    max_megapixels: MegapixelsOption = 100_000,
+    max_megapixels: MegapixelsOption = MOST_MEGAPIXELS,
     timeout: TimeoutOption = 30,
 ) -> None:
     """Compute pooled features of images."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from fullframe.image import Limits, Picture, Pixels, draw_class_map, encode_png, open_source
+from fullframe.image import Picture, Pixels, draw_class_map, encode_png, open_source, own_limits
 
 if TYPE_CHECKING:
     from fullframe.engine.query import Answer
@@ -28,7 +28,7 @@ def explain(file: str, answer: "Answer", contract: "Contract", path: Path, megap
     Raises InvalidInput where the picture has become unreadable.
     """
     assert answer.class_map is not None
-    limits = Limits(max_pixels=max(round(megapixels * 1e6), answer.height * answer.width), max_bytes=2**60)
+    limits = own_limits(max(round(megapixels * 1e6), answer.height * answer.width))
     best = answer.classes[0]
     cells = answer.class_map[best.index]
     factor = ceil(sqrt(answer.height * answer.width / _DRAWN_PIXELS))

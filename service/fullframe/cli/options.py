@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from fullframe.defaults import OWN_PIXELS
 from fullframe.model.repository import Precision
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from fullframe.errors import FullframeError
     from fullframe.model.contract import Contract
 
-_ANY_BYTES: Final = 2**60
+MOST_MEGAPIXELS: Final = OWN_PIXELS // 10**6
 _RETRIES: Final = 4
 """Some four seconds: somebody is waiting, and the address may be wrong."""
 
@@ -67,12 +68,11 @@ def asked(
             yield Asked(partial(client.stream, model=name, version=version), contract)
         return
     from fullframe.engine.predictor import load
-    from fullframe.image import Limits
+    from fullframe.image import own_limits
 
     if not 0 < megapixels < float("inf"):
         raise typer.BadParameter(f"{megapixels} must be above 0", param_hint="--max-megapixels")
-    limits = Limits(max_pixels=int(megapixels * 1e6), max_bytes=_ANY_BYTES)  # files are read in place
-    with load(model or None, engine, precision=precision, limits=limits) as predictor:
+    with load(model or None, engine, precision=precision, limits=own_limits(int(megapixels * 1e6))) as predictor:
         yield Asked(predictor.stream, predictor.contract)
 
 

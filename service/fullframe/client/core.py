@@ -35,6 +35,8 @@ _LONGEST_BACKOFF: Final = 5.0
 _JITTER: Final = 1.4  # clients refused together should not come back together
 # Every server takes a message this long, so that its limit need not be asked for.
 _SMALL: Final = 1 << 20
+# A longer file is probably of so many pixels that news of it is wanted, and an answer at once not to be had.
+_LONG: Final = 8 << 20
 # Bytes of a request beside its image; options are bounded far below this.
 _AROUND_IMAGE: Final = 1 << 16
 
@@ -222,9 +224,11 @@ class Core:
         return message
 
     async def _beyond(self, size: int, encoded: bool) -> bool:
-        """Whether a file, or pixels, of `size` bytes are more than the server takes in a message."""
+        """Whether a file, or pixels, of `size` bytes are more than the server takes in a message, or should."""
         if size + _AROUND_IMAGE <= _SMALL:
             return False
+        if encoded and size > _LONG:
+            return True
         if self._limits is None:
             response: pb.GetModelResponse = await self._unary("GetModel", pb.GetModelRequest())
             self._limits = response.limits

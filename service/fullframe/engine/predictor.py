@@ -12,7 +12,7 @@ from fullframe.engine.pooling import Pooling
 from fullframe.engine.progress import OnProgress, OnStreamProgress, Progress, unheard
 from fullframe.engine.query import Answer, ClassScore, FloatArray, Query, as_pooling, make_query
 from fullframe.errors import FullframeError, InvalidInput, NotFound, Overloaded
-from fullframe.image import ImageSource, Limits, open_source
+from fullframe.image import ImageSource, Limits, open_source, own_limits
 from fullframe.model.contract import Contract
 from fullframe.model.repository import BUNDLED_NAME, Precision
 
@@ -129,6 +129,7 @@ def load(
         engine: "auto" or "onnx".
         precision: "int8" for the copy that `fullframe quantize` made, "auto" for it where there is one. The promise is
             about "float32".
+        limits: what an image may be; by default as good as anything, since what is large is worked on in pieces.
 
     Raises:
         NotFound: no such model.
@@ -138,6 +139,6 @@ def load(
         raise InvalidInput(f"no engine is named {engine!r}; there are {', '.join(ENGINES)}", "engine")
     try:
         specs = [] if model in (None, BUNDLED_NAME) else [str(model)]
-        return Predictor(open_plane(specs, limits=limits, precision=precision))
+        return Predictor(open_plane(specs, limits=limits or own_limits(), precision=precision))
     except InvalidInput as error:
         raise NotFound(str(error)) from error

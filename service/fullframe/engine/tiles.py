@@ -32,11 +32,11 @@ Head = Callable[[FloatArray], FloatArray]
 """From features [C] to logits [K]."""
 
 
-def memory_for_pieces(engine: OrtEngine, width: int) -> int:
-    """About how many bytes an image so wide takes, in pieces of the usual size: a piece, and the rows carried."""
-    field = engine.contract.receptive_field[0]
-    piece = max(PIECE_PIXELS, field * min(width, BAND_WIDTH) // 2)
-    return round(engine.bytes_per_pixel * (_AROUND_PIECE * piece + field * width / 8))
+def memory_for_pieces(engine: OrtEngine, height: int, width: int) -> int:
+    """About how many bytes an image takes in pieces of the usual size: a piece, and the rows carried."""
+    rows = min(height, engine.contract.receptive_field[0])
+    piece = max(PIECE_PIXELS, rows * min(width, BAND_WIDTH) // 2)
+    return round(engine.bytes_per_pixel * (_AROUND_PIECE * piece + rows * width / 8))
 
 
 class Band(NamedTuple):

@@ -4,7 +4,7 @@ from fullframe.image.colour import Pixels
 from fullframe.image.decode import Picture, encode_png, open_encoded
 from fullframe.image.encoded import OnDisk
 from fullframe.image.formats import SUPPORTED
-from fullframe.image.limits import Limits
+from fullframe.image.limits import Limits, own_limits
 from fullframe.image.overlay import draw_class_map
 from fullframe.image.regions import Checkpoint, Regions
 from fullframe.image.source import ImageSource, open_raw, open_source
@@ -23,4 +23,5 @@ __all__ = [
     "open_encoded",
     "open_raw",
     "open_source",
+    "own_limits",
 ]

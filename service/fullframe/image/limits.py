@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass
 
-from fullframe.defaults import MAX_BYTES, MAX_FRAMES, MAX_HELD_PIXELS, MAX_PIXELS, MAX_TEMPORARY_BYTES
+from fullframe.defaults import (
+    MAX_BYTES,
+    MAX_FRAMES,
+    MAX_HELD_PIXELS,
+    MAX_PIXELS,
+    MAX_TEMPORARY_BYTES,
+    OWN_HELD_PIXELS,
+    OWN_PIXELS,
+)
 from fullframe.errors import InvalidInput
 from fullframe.image.formats import SUPPORTED
 
@@ -67,6 +75,11 @@ class Limits:
                 f"{width}x{height} (width x height) is {height * width / 1e6:.1f} megapixels; "
                 f"the limit is {self.max_pixels / 1e6:g}"
             )
+
+
+def own_limits(max_pixels: int = OWN_PIXELS) -> Limits:
+    """For one's own files, which are read in place however long they are."""
+    return Limits(max_pixels=max_pixels, max_bytes=2**60, max_held_pixels=OWN_HELD_PIXELS)
 
 
 def listed(names: frozenset[str]) -> str:

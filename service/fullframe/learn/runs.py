@@ -43,7 +43,8 @@ def read_settings(run: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads((run / SETTINGS).read_bytes())
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"{run} holds no training run (no readable {SETTINGS})", "run") from error
+        what = f"holds no training run (no readable {SETTINGS})" if run.exists() else "does not exist"
+        raise InvalidInput(f"{run} {what}", "run") from error
     return settings
 
 
