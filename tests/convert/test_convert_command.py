@@ -1,6 +1,8 @@
 """`convert` from the shell: a file that serves, or one line that says why not."""
 
 import json
+import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import onnx
 import pytest
 
 from fullframe.engine.ort import OrtEngine
+from fullframe.model.repository import find_models
 from tests.cli.command import run, run_here
 from tests.convert.classifiers import HEAD, STEM, plain
 from tests.convert.light import light_model
@@ -64,6 +67,12 @@ def test_raw_pixels_in_another_order(classifier: Path, tmp_path: Path) -> None:
     [
         (("--mean", "0.5"), "mean is 0.5; it must be three numbers"),
         (("--std", "1,0,1"), "std is 1, 0, 1; each must be above 0"),
+        (("--std", "1,-1,1"), "std is 1, -1, 1; each must be above 0"),
+        (("--std", "1,inf,1"), "std is 1, inf, 1; it must be three numbers"),
+        (("--mean", "124,116,104", "--std", "0.2,0.2,0.2"), "mean is 124, 116, 104; it must be of pixels from 0 to 1"),
+        (("--mean", "0,0,-0.1"), "mean is 0, 0, -0.1; it must be of pixels from 0 to 1"),
+        (("--mean", "0.5,0.5,0.5", "--std", "58,57,57"), "std is 58, 57, 57; it must be of pixels from 0 to 1"),
+        (("--name", "my net"), "'my net' can't name a model"),
         (("--size", "64x48"), "fixed to 32 x 32"),
         (("--weights", "w.safetensors"), "--weights is for"),
     ],
@@ -72,6 +81,70 @@ def test_wrong_options_are_told(classifier: Path, tmp_path: Path, options: tuple
     done = run_here("convert", classifier, "-o", tmp_path / "net.onnx", *options, code=1)
     assert message in done.stderr
     assert not (tmp_path / "net.onnx").exists()
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n \n\n"])
+def test_labels_are_taken_line_by_line(classifier: Path, tmp_path: Path, ending: str) -> None:
+    output, labels = tmp_path / "net.onnx", tmp_path / "labels.txt"
+    labels.write_bytes(("\ufeffchat\r\nâne \r\nsea\u00a0lion\r\n鯨\r\ne" + ending).encode())
+    run_here("convert", classifier, "-o", output, "--labels", labels)
+    assert OrtEngine(output).contract.labels == ("chat", "âne", "sea\u00a0lion", "鯨", "e")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\nb\nâne\nd\ne\n".encode("latin-1"), "labels.txt is not UTF-8 at line 3"),
+        ("a\nb\n".encode("utf-16"), "labels.txt is not UTF-8 at line 1"),
+        (b"a\nb\x1b[2J\nc\nd\ne\n", "line 2 of labels.txt has a control character: 'b\\x1b[2J'"),
+        ("a\nb\u2028c\nd\ne\n".encode(), "line 2 of labels.txt has a control character"),
+        (b"a\nb\n\nc\nd\ne\n", "line 3 of labels.txt is blank"),
+        (b"\na\nb\nc\nd\ne\n", "line 1 of labels.txt is blank"),
+        (b"\n \n", "labels.txt has no names"),
+        (b"a\nb\n", "there are 2 labels for 5 classes"),
+    ],
+)
+def test_wrong_labels_are_told(classifier: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "labels.txt").write_bytes(content)
+    options = ("--labels", tmp_path / "labels.txt")
+    assert message in run_here("convert", classifier, "-o", tmp_path / "net.onnx", *options, code=1).stderr
+
+
+def test_the_closing_hint_is_a_command_that_works(classifier: Path, tmp_path: Path) -> None:
+    output = tmp_path / "it's (my) net=1.onnx"
+    said = run_here("convert", classifier, "-o", output).stderr
+    command = shlex.split(said.partition("; ")[2])
+    assert command[:3] == ["fullframe", "serve", "--model"] and command[4:] == ["serves", "it"]
+    (found,) = find_models([command[3]])
+    assert (found.path, found.name) == (output, OrtEngine(output).contract.name)
+
+
+def test_an_output_that_can_t_be_written_is_told_before_the_work(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source.onnx"
+    source.write_bytes(b"opening it would fail")
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "link.onnx").symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    for output, message in (
+        (source, "is the source; name another file"),
+        ("source.onnx", "is the source"),
+        ("link.onnx", "is the source"),
+        ("folder.onnx", "is a folder"),
+        ("absent/net.onnx", "there is no folder 'absent'"),
+    ):
+        assert message in " ".join(run_here("convert", source, "-o", output, code=2).stderr.split())
+    assert source.read_bytes() == b"opening it would fail"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_can_t_be_written_to_is_told_before_the_work(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    (tmp_path / "source.onnx").write_bytes(b"opening it would fail")
+    done = run_here("convert", tmp_path / "source.onnx", "-o", folder / "net.onnx", code=2)
+    assert "can't be written to" in " ".join(done.stderr.split())
 
 
 def test_a_failure_names_the_node_and_leaves_what_was_there(tmp_path: Path) -> None:

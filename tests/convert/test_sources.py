@@ -56,6 +56,27 @@ class Fixed(Small):
     def forward(self, x):
         return super().forward(x.view(1, 3, 32, 32))
 
+class Lies(Small):
+    def forward(self, x):
+        return super().forward(x) * (2.0 if torch.compiler.is_exporting() else 1.0)
+
+class Draws(Small):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(1, 5)
+
+class Decides(Small):
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores * 2 if scores.sum() > 0 else scores
+
+class Eigenvalues(Small):
+    def forward(self, x):
+        scores = super().forward(x)
+        return torch.linalg.eigvals(torch.outer(scores[0], scores[0])).real[None]
+
+def raises():
+    raise OSError("\\x1b[31mno room\\x1b[0m for it\\nand more")
+
 here = Small()
 """
 
@@ -66,8 +87,9 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "nets.py").write_text(OWN)
     (tmp_path / "mine" / "broken.py").write_text("import a_package_that_is_not_there\n")
+    (tmp_path / "mine" / "half.py").write_text("def make(:\n")
     monkeypatch.chdir(tmp_path)
-    for name in ("mine", "mine.nets", "mine.broken"):
+    for name in ("mine", "mine.nets", "mine.broken", "mine.half"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return "python:mine.nets"
 
@@ -79,24 +101,22 @@ def scores(model: onnx.ModelProto, images: torch.Tensor) -> torch.Tensor:
 
 def test_ones_own_module_is_taken_with_the_weights_of_a_file(own: str, tmp_path: Path) -> None:
     as_made = open_source(f"{own}:Small", size=(40, 56))
-    assert as_made.module is not None and not as_made.module.training
+    module = sys.modules["mine.nets"].Small().eval()
     assert as_made.options == Options("Small", source=f"{own}:Small", size=(40, 56))
     weights = {
         name: torch.randn_like(value) if value.is_floating_point() else value
-        for name, value in as_made.module.state_dict().items()
+        for name, value in module.state_dict().items()
     }
     weights["body.1.running_var"].abs_()
     save_file(weights, tmp_path / "small.safetensors")
     source = open_source(f"{own}:Small", weights=tmp_path / "small.safetensors", size=(40, 56))
     assert source.options.source == f"{own}:Small, weights small.safetensors"
-    assert source.module is not None
+    module.load_state_dict(weights)
     images = torch.randn(1, 3, 40, 56)
     found = scores(source.model, images)
     with torch.no_grad():
-        torch.testing.assert_close(found, source.module(images), rtol=1e-5, atol=1e-5)
-        assert (found - as_made.module(images)).abs().max() > 0.1, "the file's weights, not those it was made with"
-    for name, value in weights.items():
-        torch.testing.assert_close(source.module.state_dict()[name], value)
+        torch.testing.assert_close(found, module(images), rtol=1e-5, atol=1e-5)
+    assert (found - scores(as_made.model, images)).abs().max() > 0.1, "the file's weights, not those it was made with"
 
 
 def test_without_a_size_ones_own_module_has_the_usual(own: str) -> None:
@@ -142,8 +162,33 @@ def test_modules_that_are_not_there_are_named(own: str) -> None:
     for spec in ("python:nowhere:make", "python:mine.nothing:make", "python:mine.nets.inner:make"):
         with pytest.raises(InvalidInput, match="no Python module '"):
             open_source(spec)
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+    with pytest.raises(InvalidInput, match=r"mine\.broken can't be imported: .* 'a_package_that_is_not_there'"):
         open_source("python:mine.broken:make")
+    with pytest.raises(InvalidInput, match=r"mine\.half can't be imported: SyntaxError: "):
+        open_source("python:mine.half:make")
+
+
+@pytest.mark.parametrize("name", ["Lies", "Draws"])
+def test_a_graph_that_is_not_the_module_is_refused(own: str, name: str) -> None:
+    with pytest.raises(InvalidModel, match=r"scores differ by \d.*e.* of the largest"):
+        open_source(f"{own}:{name}", size=(16, 24))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Decides", r"can't export the module: \w+: Could not guard on data-dependent expression"),
+        ("Eigenvalues", r"can't export the module: \w+: .*linalg_eig"),
+        ("raises", r"mine.nets:raises fails: OSError: no room for it$"),
+    ],
+)
+def test_a_foreign_failure_is_one_line_with_its_reason(
+    own: str, name: str, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((InvalidInput, InvalidModel), match=reason) as failed:
+        open_source(f"{own}:{name}", size=(16, 24))
+    assert str(failed.value).isprintable()
+    assert capfd.readouterr() == ("", ""), "no pages of graphs"
 
 
 @pytest.mark.parametrize(
@@ -159,8 +204,8 @@ def test_modules_that_are_not_there_are_named(own: str) -> None:
 def test_weights_of_another_network_are_named(
     own: str, tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor]], object], reason: str
 ) -> None:
-    module = open_source(f"{own}:Small").module
-    assert module is not None
+    open_source(f"{own}:Small", size=(16, 24))
+    module = sys.modules["mine.nets"].Small()
     weights = dict(module.state_dict())
     spoil(weights)
     with pytest.raises(InvalidInput, match=reason):

@@ -1,8 +1,10 @@
 """`convert`: somebody's classifier -> one file of the contract, with a report of what was done to it."""
 
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -10,11 +12,13 @@ from fullframe.cli import complain
 from fullframe.cli.files import check_output
 from fullframe.cli.options import pixels_of
 from fullframe.cli.show import console, print_table, size_text
+from fullframe.model.repository import checked_name
 
 if TYPE_CHECKING:
     from fullframe.convert.pipeline import Converted
 
 Range = Literal["1", "255"]
+_LONGEST: Final = 128
 
 
 def convert(
@@ -59,6 +63,7 @@ def convert(
     each step is named. The file is written when it gives the source's scores at the source's size and runs at others;
     else it says what stands in the way.
     """
+    from fullframe.convert.options import read_labels
     from fullframe.convert.pipeline import convert as make_model
     from fullframe.convert.sources import open_source
     from fullframe.files import write_atomically
@@ -66,6 +71,9 @@ def convert(
     from fullframe.learn.options import numbers
 
     check_output(output, ".onnx", "--output")
+    if output.exists() and Path(source).exists() and output.samefile(source):
+        raise typer.BadParameter(f"{str(output)!r} is the source; name another file", param_hint="--output")
+    name = checked_name(name) if name else _servable(output.stem)
     if Path(source).is_dir():
         others = [labels, mean, std, input_range, bgr, weights, size, license_note]
         if any(others):
@@ -73,8 +81,8 @@ def convert(
         export(Path(source), output, name=name)
         return
     said: dict[str, Any] = {
-        "name": name or output.stem,
-        "labels": labels and _lines(labels),
+        "name": name,
+        "labels": labels and read_labels(labels),
         "mean": mean and numbers(mean, float, "mean"),
         "std": std and numbers(std, float, "std"),
         "input_range": input_range and int(input_range),
@@ -87,7 +95,7 @@ def convert(
     converted = make_model(opened.model, options)
     write_atomically(output, converted.model.SerializeToString())
     _print_report(converted)
-    complain(f"wrote {output}; fullframe serve --model {options.name}={output} serves it")
+    complain(f"wrote {output}; fullframe serve --model {shlex.quote(f'{name}={output}')} serves it")
 
 
 def _print_report(converted: "Converted") -> None:
@@ -104,6 +112,6 @@ def _print_report(converted: "Converted") -> None:
         console().print(f"{key:14}  {value}", markup=False)
 
 
-def _lines(path: Path) -> tuple[str, ...]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip())
+def _servable(stem: str) -> str:
+    """A file's name as one that `serve` takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:_LONGEST] or "model"

@@ -55,3 +55,7 @@ def check_output(path: Path | None, suffix: str, option: str) -> None:
         raise typer.BadParameter(f"{str(path)!r} must end in {suffix}", param_hint=option)
     if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {str(path.parent)!r}", param_hint=option)
+    if path.is_dir():
+        raise typer.BadParameter(f"{str(path)!r} is a folder; name a file", param_hint=option)
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"the folder {str(path.absolute().parent)!r} can't be written to", param_hint=option)

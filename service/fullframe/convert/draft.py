@@ -87,12 +87,16 @@ class Draft:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """At the source's size, for one image; raises InvalidModel where it can't be inferred."""
-        found = self._shapes.get(name)
+        found = self.source_shape(name)
         if found is None or None in found:
             node = self.producer(name)
             made = f"what {title(node)} makes" if node is not None else repr(name)
             raise InvalidModel(f"the shape of {made} can't be inferred at {words(self.size)}")
         return tuple(each for each in found if each is not None)
+
+    def source_shape(self, name: str) -> Shape | None:
+        """At the source's size, for one image: None for what can't be inferred."""
+        return self._shapes.get(name)
 
     def free_shape(self, name: str) -> Shape | None:
         """For any image: None for a dimension that may change, or for a shape that is not known at all."""

@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 import onnx
 
-from fullframe.convert.draft import Draft, attributes
+from fullframe.convert.draft import Draft, attributes, words
 from fullframe.convert.layout import moves
 from fullframe.convert.unroll import POINTWISE, Unrolled, unroll
 from fullframe.errors import InvalidModel
@@ -49,7 +49,7 @@ def find_head(draft: Draft) -> Head:
         found = ", ".join(repr(name) for name in sorted(ends - {draft.image})) or "none"
         raise InvalidModel(
             f"the scores must be computed from one map of features that grows with the image; found: {found}. "
-            f"{geometry.why(draft.scores)}"
+            f"{geometry.doubts[0] if geometry.doubts else geometry.why(draft.scores)}"
         )
     (last,) = ends
     nodes = tuple(node for node in draft.nodes if id(node) in inside)
@@ -71,6 +71,21 @@ def _several_pools(draft: Draft, head: Head) -> Head:
             return replace(head, pooled=node, pooling="+".join(before[name] for name in node.input))
     names = ", ".join(title(pool) for pool in head.pools)
     raise InvalidModel(f"{names} pool the same map; their values must be joined side by side before anything else")
+
+
+def check_scores(draft: Draft) -> None:
+    """Raise InvalidModel where what comes out is, at the source's size, no score for each class."""
+    shape, node = draft.source_shape(draft.scores), draft.producer(draft.scores)
+    if node is None or shape is None or len(shape) < 2 or None in shape:
+        return
+    if shape[1] == 0:
+        raise InvalidModel(f"{title(node)} makes the output, and it has no classes: it is {list(shape)}")
+    if len(shape) == 4 and shape[2:] != (1, 1):
+        raise InvalidModel(
+            f"{title(node)} makes the output, and its scores {draft.scores!r} are a map of {shape[2]} x {shape[3]} "
+            f"cells at {words(draft.size)}: scores for each place, as a segmentation has them. A classifier pools "
+            "them to one for each class: [N, K] or [N, K, 1, 1]"
+        )
 
 
 def make_outputs(draft: Draft) -> str:

@@ -12,16 +12,16 @@ from onnx import TensorProto, helper
 
 from fullframe.convert.branches import make_agree
 from fullframe.convert.draft import Draft, counted, words
-from fullframe.convert.head import make_outputs
+from fullframe.convert.head import check_scores, make_outputs
 from fullframe.convert.metadata import set_contract
 from fullframe.convert.options import Options
 from fullframe.convert.pixels import source_images, take_pixels
 from fullframe.convert.pools import make_global, pool_channels
 from fullframe.convert.proof import Proof, Source, why_not_in_strips
-from fullframe.convert.reading import checked, source_size
+from fullframe.convert.reading import checked, in_one_line, source_size
 from fullframe.convert.sizes import free_reshapes, gather_shuffles, refuse_fixed_constants, write_out_padding
 from fullframe.convert.tidy import drop_softmax, drop_training, fold, upgrade
-from fullframe.errors import InvalidInput, InvalidModel
+from fullframe.errors import InvalidInput, InvalidModel, first_line
 from fullframe.model.contract import LOGITS_FROM_FEATURES, LOGITS_FROM_MAP, Contract, Tiles
 from fullframe.model.geometry import Geometry, graph_geometry
 
@@ -30,6 +30,7 @@ _STEPS: Final[tuple[Callable[[Draft], None], ...]] = (
     upgrade,
     fold,
     drop_softmax,
+    check_scores,
     write_out_padding,
     pool_channels,
     make_global,
@@ -38,6 +39,12 @@ _STEPS: Final[tuple[Callable[[Draft], None], ...]] = (
     refuse_fixed_constants,
 )
 """From the source's graph to one for any size, but for its head; in this order."""
+
+_MALFORMED: Final = (
+    *(ArithmeticError, LookupError, RuntimeError, TypeError, ValueError),
+    onnx.shape_inference.InferenceError,
+)
+"""What a graph that contradicts itself may raise in any step."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,24 @@ def convert(model: onnx.ModelProto, options: Options) -> Converted:
         InvalidModel: something stands in the way; the message names the node and says why.
     """
     source = checked(model)
+    try:
+        return _convert(source, options)
+    except _MALFORMED as error:
+        raise InvalidModel(
+            f"the graph is malformed, or of a kind that is not known: {_fault(source, error)}"
+        ) from error
+
+
+def _fault(model: onnx.ModelProto, error: Exception) -> str:
+    """What ONNX's shape inference, which names the node, finds wrong; the error itself where it finds nothing."""
+    try:
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except _MALFORMED as found:
+        return first_line(found)  # the others follow from it
+    return f"{type(error).__name__}: {in_one_line(error)}"
+
+
+def _convert(source: onnx.ModelProto, options: Options) -> Converted:
     draft = Draft(source, source_size(source, options.size))
     for step in _STEPS:
         step(draft)

@@ -87,7 +87,7 @@ class Proof:
             ):
                 if found.shape != wanted.shape:
                     raise InvalidModel(f"logits are {list(found.shape)}; the source's are {list(wanted.shape)}")
-                relative = float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), _LEAST_SCALE))
+                relative = relative_difference(found, wanted)
                 if not relative <= TOLERANCE:
                     raise InvalidModel(
                         f"logits of an image {what} differ from the source's by {relative:.1e} of the largest at "
@@ -125,6 +125,11 @@ class Proof:
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             size = words((images.shape[1], images.shape[2]))
             raise InvalidModel(f"the converted graph does not run at {size}: {first_line(error)}") from error
+
+
+def relative_difference(found: FloatArray, wanted: FloatArray) -> float:
+    """The largest difference between scores of one shape, relative to the largest of those wanted."""
+    return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), _LEAST_SCALE))
 
 
 def why_not_in_strips(converted: Path) -> str:

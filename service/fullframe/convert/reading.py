@@ -1,16 +1,17 @@
 """An ONNX classifier, read and checked: nothing outside its file's folder is opened, and no custom operator loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import onnx
-from onnx import TensorProto, helper, inliner
+from onnx import TensorProto, helper, inliner, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
 
 from fullframe.convert.metadata import load_model
-from fullframe.errors import InvalidModel, first_line
+from fullframe.errors import InvalidInput, InvalidModel, first_line
 from fullframe.model.graphs import OWN_DOMAINS, opset_of, title
 
 _LEAST_OPSET: Final = 7
@@ -18,6 +19,9 @@ _MOST_BYTES: Final = 2**31 - 2**24
 """Protocol buffers end at 2 GiB; the rest is for the graph."""
 _MOST_NODES: Final = 100_000
 _USUAL_SIDE: Final = 224
+_MOST_PIXELS: Final = 2**26
+"""Of the source's image; the proof computes whole ones."""
+_MOST_WORDS: Final = 300
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
@@ -32,7 +36,11 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     total = 0
     for tensor in _tensors(model.graph):
         if uses_external_data(tensor):
-            place = ExternalDataInfo(tensor).location
+            _check_type(tensor)
+            try:
+                place = ExternalDataInfo(tensor).location
+            except ValueError as error:
+                raise _unreadable(tensor, error) from error
             file = (folder / place).resolve()
             if not file.is_relative_to(folder):
                 raise InvalidModel(f"the weights {tensor.name!r} are in {place!r}, outside the folder of {path.name}")
@@ -56,12 +64,12 @@ def checked(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise InvalidModel(f"the file is no valid ONNX: {first_line(error)}") from error
+        raise InvalidModel(f"the file is no valid ONNX: {in_one_line(error)}") from error
     model = inliner.inline_local_functions(model) if model.functions else deepcopy(model)
     graph = model.graph
     if len(graph.node) > _MOST_NODES:
         raise InvalidModel(f"the graph has {len(graph.node):,} nodes; at most {_MOST_NODES:,} can be converted")
-    for node in graph.node:
+    for node in _nodes(graph):
         if node.domain not in OWN_DOMAINS:
             raise InvalidModel(
                 f"{title(node)} is an operator of {node.domain!r}; only ONNX's own can be converted, "
@@ -76,20 +84,41 @@ def checked(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.input[:]
     graph.input.extend(inputs)
     _check_tensors(graph)
+    for tensor in _tensors(graph):
+        _check_type(tensor)
+        try:
+            numpy_helper.to_array(tensor)
+        except ValueError as error:
+            raise _unreadable(tensor, error) from error
     return model
 
 
 def source_size(model: onnx.ModelProto, given: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width that a checked graph was made for: its input's where they are fixed, else as given, else 224."""
+    """Height and width that a checked graph was made for: its input's where they are fixed, else as given, else 224.
+
+    Raises InvalidInput or InvalidModel, by which of them says so, where that is more than can be proved.
+    """
     dims = model.graph.input[0].type.tensor_type.shape.dim
     fixed = tuple(dim.dim_value for dim in dims[2:])
-    if all(fixed):
-        if given is not None and given != fixed:
-            raise InvalidModel(
-                f"the graph's input is fixed to {fixed[0]} x {fixed[1]} (height x width), not {given[0]} x {given[1]}"
-            )
-        return fixed[0], fixed[1]
-    return given or (fixed[0] or _USUAL_SIDE, fixed[1] or _USUAL_SIDE)
+    if all(fixed) and given is not None and given != fixed:
+        raise InvalidModel(
+            f"the graph's input is fixed to {fixed[0]} x {fixed[1]} (height x width), not {given[0]} x {given[1]}"
+        )
+    if all(fixed) or given is None:
+        height, width = fixed[0] or _USUAL_SIDE, fixed[1] or _USUAL_SIDE
+        _check_pixels(InvalidModel, "the graph's input is fixed to", height, width)
+    else:
+        height, width = given
+        _check_pixels(partial(InvalidInput, field="size"), "the source's size is", height, width)
+    return height, width
+
+
+def _check_pixels(error: Callable[[str], Exception], what: str, height: int, width: int) -> None:
+    if height * width > _MOST_PIXELS:
+        raise error(
+            f"{what} {height} x {width} (height x width), {height * width:,} pixels; at most {_MOST_PIXELS:,} "
+            "can be converted"
+        )
 
 
 def _check_tensors(graph: onnx.GraphProto) -> None:
@@ -110,6 +139,15 @@ def _check_tensors(graph: onnx.GraphProto) -> None:
         raise InvalidModel(f"the input {image.name!r} takes {dims[0].dim_value} images; export it for 1, or for any")
 
 
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Its own and those of the graphs inside them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
 def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
     yield from graph.initializer
     for node in graph.node:
@@ -119,6 +157,22 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
             yield from attribute.tensors
             for inner in (attribute.g, *attribute.graphs):
                 yield from _tensors(inner)
+
+
+def _check_type(tensor: TensorProto) -> None:
+    if tensor.data_type not in helper.get_all_tensor_dtypes():
+        raise InvalidModel(f"the weights {tensor.name!r} are of type {tensor.data_type}, which ONNX does not have")
+
+
+def _unreadable(tensor: TensorProto, error: Exception) -> InvalidModel:
+    dims = ", ".join(map(str, tensor.dims))
+    return InvalidModel(f"the weights {tensor.name!r} [{dims}] can't be read: {first_line(error)}")
+
+
+def in_one_line(error: Exception) -> str:
+    """The checker names the node in its second line, or in what follows it."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= _MOST_WORDS else said[:_MOST_WORDS] + "..."
 
 
 def _bytes(tensor: TensorProto) -> int:

@@ -34,12 +34,10 @@ class Source:
     Attributes:
         model: float32 [1, 3, H, W] in, scores [1, K] out; a file's as it is.
         options: what the source says of itself.
-        module: the original in evaluation mode, where it is one in PyTorch.
     """
 
     model: onnx.ModelProto
     options: Options
-    module: "nn.Module | None" = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,9 @@ def open_source(spec: str, *, weights: Path | None = None, size: tuple[int, int]
         size: height and width to export a network in PyTorch at; without it what its source says, or SIZE.
 
     Raises:
-        InvalidInput: the source or its package is not there, or its weights can't be had or are another network's.
-        InvalidModel: it is no classifier of images, can't be read or can't be exported.
+        InvalidInput: the source or its package is not there or fails, or its weights can't be had or are another
+            network's.
+        InvalidModel: it is no classifier of images, can't be read or exported, or its graph has other scores.
     """
     kind, _, name = spec.partition(":")
     if kind in _KINDS:
@@ -86,7 +85,7 @@ def _exported(spec: str, network: _Network, weights: Path | None, size: tuple[in
     if size is not None:
         says["size"] = size
     options = Options(network.name, **says)
-    return Source(export_module(network.module, says["size"]), options, network.module)
+    return Source(export_module(network.module, says["size"]), options)
 
 
 def _torchvision(name: str, weights: Path | None) -> _Network:
@@ -135,7 +134,7 @@ def _timm(name: str, weights: Path | None) -> _Network:
 def _factory(name: str, weights: Path | None) -> _Network:
     from torch import nn
 
-    from fullframe.convert.modules import load_weights, read_weights
+    from fullframe.convert.modules import load_weights, read_weights, reason
 
     place, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*place.split("."), attribute)):
@@ -143,7 +142,10 @@ def _factory(name: str, weights: Path | None) -> _Network:
     made: Any = getattr(_module(place), attribute, None)
     if not isinstance(made, nn.Module) and not _takes_nothing(made):
         raise InvalidInput(f"{place} has no {attribute!r} that can be called without arguments", "source")
-    module = made if isinstance(made, nn.Module) else made()
+    try:
+        module = made if isinstance(made, nn.Module) else made()
+    except Exception as error:
+        raise InvalidInput(f"{name} fails: {reason(error)}", "source") from error
     if not isinstance(module, nn.Module):
         raise InvalidInput(f"{name} makes a {type(module).__name__}; it must make a torch.nn.Module", "source")
     if weights is not None:
@@ -201,13 +203,17 @@ def _check_name(kind: str, name: str, names: Collection[str]) -> None:
 
 def _module(place: str) -> ModuleType:
     """A module by its dotted name, from the working folder too."""
+    from fullframe.convert.modules import reason
+
     sys.path.insert(0, str(Path.cwd()))
     try:
         return import_module(place)
     except ModuleNotFoundError as error:
-        if not f"{place}.".startswith(f"{error.name}."):
-            raise  # one that the user's module needs
+        if not f"{place}.".startswith(f"{error.name}."):  # one that the user's module needs
+            raise InvalidInput(f"{place} can't be imported: {reason(error)}", "source") from error
         raise InvalidInput(f"there is no Python module {place!r} here or among those installed", "source") from error
+    except Exception as error:
+        raise InvalidInput(f"{place} can't be imported: {reason(error)}", "source") from error
     finally:
         sys.path.remove(str(Path.cwd()))
 

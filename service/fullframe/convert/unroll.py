@@ -95,10 +95,11 @@ def unroll(draft: Draft, last: str, nodes: Sequence[onnx.NodeProto], pool: onnx.
         except _Stuck as why:
             if pool is not None:
                 return None
-            known = draft.geometry().why(node.output[0])
-            raise InvalidModel(
-                f"the head can't be moved over maps of other sizes: {title(node)} {why}. Its values: {known}"
-            ) from why
+            geometry = draft.geometry()
+            reason = f"{title(node)} {why}. Its values: {geometry.why(node.output[0])}"
+            if node.op_type == "Shape" and geometry.doubts:  # asked for the sake of a node that comes later
+                reason = str(geometry.doubts[0])
+            raise InvalidModel(f"the head can't be moved over maps of other sizes: {reason}") from why
     return work.finish()
 
 
@@ -237,5 +238,7 @@ class _Unrolling:
         elif node.op_type == "MatMul" or not given.get("transB"):
             weights = weights.T
         alpha, beta = (np.float32(given.get(name, 1)) for name in ("alpha", "beta"))
+        if bias is not None and bias.size not in (1, len(weights)):
+            raise InvalidModel(f"{title(node)} has {bias.size} values of bias for {len(weights)} outputs")
         bias = np.broadcast_to(np.float32(0) if bias is None else bias.ravel() * beta, len(weights))
         return weights if alpha == 1 else weights * alpha, bias
