@@ -71,7 +71,7 @@ def test_photographs_of_a_cat_are_cats_at_every_size(precision: Precision) -> No
     with fullframe.load(precision=precision) as model:
         answers = [model.classify(view)[0].label for view in views("chelsea.png")]
         assert len(answers) == 48
-        assert answers.count("cat") >= 46
+        assert answers.count("cat") >= 42
         rockets = [model.classify(view)[0].label for view in views("rocket.jpg")]
         assert rockets.count("cat") <= 5, "the control: it does not say so of everything"
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from fullframe import Client
 from fullframe.engine.plane import open_plane
 from fullframe.engine.predictor import Predictor
 from fullframe.engine.progress import Progress
+from fullframe.engine.tiles import Piece, Tiler
 from fullframe.image import Limits
 from fullframe.server import uploads
 from fullframe.server.spool import Spool
@@ -35,7 +37,7 @@ from tests.serving import COMMAND, MIB, InProcess, eventually, resident, serving
 TILE = 100_000  # pixels, beyond which these servers compute in pieces
 START = pb.PredictUploadRequest.Start
 HUGE = encode(pixels(1200, 1500), "JPEG")  # for the slow model about a second, in several pieces
-MANY = encode(pixels(3000, 4000), "JPEG")  # far longer than any test waits
+MANY = encode(pixels(3000, 4000), "JPEG")  # some fifty pieces
 SMALL = encode(pixels(20, 30))
 
 Part = pb.PredictUploadRequest.Start | bytes
@@ -324,7 +326,17 @@ list(stub.PredictUpload(pb.PredictUploadRequest(**part) for part in parts))
 
 
 @pytest.mark.parametrize("end", ["cancelled", "late", "gone"])
-def test_given_up_while_it_is_computed(tmp_path: Path, slow_model: Path, end: str) -> None:
+def test_given_up_while_it_is_computed(
+    tmp_path: Path, slow_model: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = Tiler.pieces
+
+    def unhurriedly(*arguments: Any) -> Iterator[Piece]:
+        for piece in compute(*arguments):
+            time.sleep(0.2)  # fifty of them take longer than the deadline on any machine
+            yield piece
+
+    monkeypatch.setattr(Tiler, "pieces", unhurriedly)
     with uploading_to(tmp_path, slow_model) as (here, client):
         if end == "gone":
             process = subprocess.Popen([sys.executable, "-c", SENDER, here.target], stdin=subprocess.PIPE)
