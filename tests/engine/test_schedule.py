@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fullframe.engine.schedule import Budget, Counters, Job, Scheduler, Turn
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
+from tests.serving import eventually
 
 Steps = Generator[None, Turn, object]
 
@@ -165,17 +166,9 @@ def test_a_future_that_is_kept_does_not_keep_its_image(scheduler: Scheduler) -> 
         assert cancelled.cancel()
         gate.go.set()
         assert [plain.result(10), stepping.result(10)] == [1, 1]
-        wait_until(lambda: all(ref() is None for ref in held))
+        eventually(lambda: all(ref() is None for ref in held))
     finally:
         gc.enable()
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if holds():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come true")
 
 
 def test_draining_refuses_new_jobs_and_waits_for_the_old(scheduler: Scheduler) -> None:

@@ -174,10 +174,12 @@ class Plane:
     def _job(self, model: Served, picture: Picture, query: Query, outputs: Sequence[str], on_progress: OnShare) -> Job:
         pixels = picture.height * picture.width
         memory = round(pixels * (_DECODED_BYTES + model.engine.bytes_per_pixel))
-        in_pieces = memory_for_pieces(model.engine, picture.height, picture.width)
-        if pixels > self._tile_pixels or (memory > self._memory_budget and memory > in_pieces):
-            pieces = partial(_answer_in_pieces, model, picture, query, on_progress)
-            return Job(min(pixels, self._tile_pixels), pieces, in_steps=True, memory=in_pieces)
+        huge = pixels > self._tile_pixels
+        if huge or memory > self._memory_budget:
+            in_pieces = memory_for_pieces(model.engine, picture.height, picture.width)
+            if huge or memory > in_pieces:
+                pieces = partial(_answer_in_pieces, model, picture, query, on_progress)
+                return Job(min(pixels, self._tile_pixels), pieces, in_steps=True, memory=in_pieces)
         together = None if pixels >= LARGE_PIXELS else self._together.get(model)
         if together is not None:
             work = partial(_decode, model, picture, query, outputs)
