@@ -34,9 +34,9 @@ proto-check: $(VENV)/.dev
 # The bundled model's int8 copy and card again, from DATA as `fullframe train` takes it: make model-card DATA=cifar10.tar.xz
 MODEL := service/fullframe/model/bundled/cifar10.onnx
 model-card: $(VENV)/.dev
-	$(if $(DATA),,$(error say where the images are: make model-card DATA=cifar10.tar.xz [PHOTOS=FOLDER]))
+	$(if $(DATA),,$(error say where the images are: make model-card DATA=cifar10.tar.xz [PHOTOS=FOLDER] [RIVAL=NAME=FILE]))
 	$(BIN)/fullframe quantize $(MODEL) --calibrate $(DATA) --sizes 24,32,48,64,128 --images 300
-	$(BIN)/python -m benchmarks.model --model $(MODEL) --data $(DATA) $(if $(PHOTOS),--photos $(PHOTOS))
+	$(BIN)/python -m benchmarks.model --model $(MODEL) --data $(DATA) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(RIVAL),--rival $(RIVAL))
 
 check: lint types proto-check test
 

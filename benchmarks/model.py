@@ -1,12 +1,14 @@
 """A model's figures on CIFAR-10 and on photographs: into its file, its card and the card's pictures.
 
     python -m benchmarks.model --data cifar10.tar.xz [--photos photos.tar] [--model MODEL.onnx] [--sizes 24,32,...]
+        [--rival NAME=OTHER.onnx]
 
 MODEL.onnx was written by `fullframe export`; without, it is the bundled one. The data is a folder or tar of
 train/CLASS/ and test/CLASS/ images, as `fullframe train` takes it. The photographs are files named ..._LABEL.JPEG after
 one of CLASSES below, in a folder or tar; others are passed over. Beside them the cat of the `demo` extra is asked for
-at half, own and double size. Writes MODEL.md, MODEL-confusion.png and MODEL-curve.png. Where
-MODEL.int8.onnx lies beside the model, its accuracy and its time are measured too.
+at half, own and double size. Where MODEL.int8.onnx lies beside the model, its accuracy and its time are measured too.
+A rival, another exported network, has its accuracy put beside; what was measured of one is kept until another comes.
+Writes MODEL.md, MODEL-confusion.png, MODEL-sizes.png and MODEL-curve.png.
 """
 
 import argparse
@@ -26,10 +28,10 @@ from benchmarks.recording import append_rows, machine
 from fullframe.convert.metadata import add_training_facts, get_contract, load_model
 from fullframe.engine.ort import OrtEngine
 from fullframe.files import write_atomically
-from fullframe.learn.card import history, model_card
+from fullframe.learn.card import accuracies, history, model_card
 from fullframe.learn.data import ImageSet, Pixels, decode, load_images
 from fullframe.learn.evaluate import accuracy_by_size, ask, neighbour_accuracy, resize_shorter_side
-from fullframe.learn.plot import plot_confusion, plot_history
+from fullframe.learn.plot import plot_accuracy, plot_confusion, plot_history
 from fullframe.model.contract import FLOAT32
 from fullframe.model.repository import BUNDLED, int8_copy
 
@@ -92,6 +94,13 @@ def measure_copy(copy: Path, images: ImageSet, every: int, sizes: Sequence[int],
     """Top-1 accuracy of the int8 copy by size."""
     right = accuracy_by_size(copy, images.validation[::every], images.labels, sizes, tick)
     return {"by_size": {str(size): share for size, share in right.items()}}
+
+
+def measure_rival(name: str, rival: Path, images: ImageSet, every: int, sizes: Sequence[int], tick: Tick) -> Facts:
+    """Top-1 accuracy by size of another network, and how it was trained."""
+    right = accuracy_by_size(rival, images.validation[::every], images.labels, sizes, tick)
+    training = get_contract(load_model(rival)).training
+    return {**training, "name": name, "by_size": {str(size): share for size, share in right.items()}}
 
 
 def time_ratios(model: Path, copy: Path, rounds: int = 21) -> dict[str, float]:
@@ -169,6 +178,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--sizes", default=SIZES)
+    parser.add_argument("--rival", help="NAME=FILE of a network to put beside")
     parser.add_argument("--note", help="what else the card says of the training; by default what it says now")
     parser.add_argument("--every", type=int, default=1, help="take one in so many images, for a trial")
     options = parser.parse_args()
@@ -176,7 +186,7 @@ def main() -> None:
     sizes = [int(size) for size in options.sizes.split(",")]
     model: Path = options.model
     copy = int8_copy(model)
-    passes = 2 if copy.exists() else 1
+    passes = 1 + copy.exists() + bool(options.rival)
     with Progress(console=Console(stderr=True)) as bars:
         total = (passes * len(sizes) * len(images.validation) + len(images.train)) // options.every
         bar = bars.add_task(model.name, total=total)
@@ -189,6 +199,9 @@ def main() -> None:
         if copy.exists():
             facts["int8"] = measure_copy(copy, images, options.every, sizes, tick)
             facts["int8"] |= {"bytes": copy.stat().st_size, "time": time_ratios(model, copy)}
+        if options.rival:
+            name, _, rival = options.rival.partition("=")
+            facts["rival"] = measure_rival(name, Path(rival), images, options.every, sizes, tick)
     add_training_facts(model, facts | ({} if options.note is None else {"note": options.note}))
     if copy.exists():
         accuracy = facts["accuracy"] | {"by_size": facts["int8"]["by_size"]}
@@ -198,14 +211,14 @@ def main() -> None:
 
 
 def write_card(model: Path) -> None:
-    """MODEL.md and the curve, from what the file says of itself."""
+    """MODEL.md, the curve and the accuracy by size, from what the file says of itself."""
     facts = get_contract(load_model(model)).training
-    curve = beside(model, "curve")
+    curve, sizes = beside(model, "curve"), beside(model, "sizes")
     write_atomically(curve, plot_history(history(facts)))
+    write_atomically(sizes, plot_accuracy(accuracies(facts)))
     about = f"{ABOUT}\n\n{facts.get('note', '')}".strip()
-    write_atomically(
-        model.with_suffix(".md"), model_card(model, about, curve.name, beside(model, "confusion").name).encode()
-    )
+    card = model_card(model, about, curve.name, beside(model, "confusion").name, sizes.name)
+    write_atomically(model.with_suffix(".md"), card.encode())
 
 
 def record(model: Path, every: int) -> None:
@@ -215,6 +228,8 @@ def record(model: Path, every: int) -> None:
     if "int8" in facts:
         figures.append(("int8", "top-1", facts["int8"]["by_size"]))
         figures.append(("int8", "time / float32's", facts["int8"]["time"]))
+    if "rival" in facts:
+        figures.append((f"float32 {facts['rival']['name']}", "top-1", facts["rival"]["by_size"]))
     setting = machine() | {"command": f"python -m benchmarks.model --data ... --every {every}", "model": model.stem}
     append_rows(
         RESULTS,

@@ -10,7 +10,7 @@ from fullframe.engine.pooling import Pooling, pool
 from fullframe.errors import InvalidInput
 from fullframe.learn.data import Image
 from fullframe.learn.evaluate import ask, neighbour_accuracy, resize_shorter_side
-from fullframe.learn.plot import plot_confusion
+from fullframe.learn.plot import plot_accuracy, plot_confusion
 from fullframe.model.repository import BUNDLED
 
 
@@ -61,6 +61,13 @@ def test_predictions_index_the_asked_labels(noise: list[Image]) -> None:
         ask(BUNDLED, noise, ["cat", "shark"], 0)
     with pytest.raises(InvalidInput, match="no images"):
         ask(BUNDLED, [], known, 0)
+
+
+def test_accuracy_by_size_is_a_picture() -> None:
+    ours, other = {"24": 0.5, "32": 0.75}, {"24": 0.25, "32": 0.75}
+    picture = plot_accuracy({"float32": ours, "ResNet-20": other})
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture != plot_accuracy({"float32": other, "ResNet-20": ours})
 
 
 def test_a_confusion_matrix_is_a_picture(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from fullframe.cli.convert import convert
-from fullframe.convert.metadata import add_training_facts
+from fullframe.convert.metadata import add_training_facts, get_contract, load_model
 from fullframe.engine.ort import OrtEngine
 from fullframe.errors import InvalidInput
 from fullframe.learn import commands
@@ -168,12 +168,19 @@ def test_the_card_shows_what_else_was_measured(run: Path, tmp_path: Path) -> Non
     model.write_bytes((run / "shapes.onnx").read_bytes())
     facts = {
         "neighbours": {"k": 20, "bank": 1234, "by_pooling": {"gem(3)": {"32": 0.5, "64": 0.25}}},
+        "rival": {
+            **get_contract(load_model(model)).training,
+            **{"name": "Other-2", "by_size": {"32": 0.75, "64": 0.5}},
+        },
         "photographs": [{"about": "Two squares.", "figure": "answer", "by_scale": {"0.5": "red", "2.0": "blue"}}],
     }
     assert "## Features" not in model_card(model)
     add_training_facts(model, facts)
-    card = model_card(model, confusion="c.png")
-    for words in ("20 training images", "1,234", "| gem(3) | 50.00 | 25.00 |", "| answer | red | blue |", "(c.png)"):
+    card = model_card(model, confusion="c.png", sizes="s.png")
+    for words in (
+        *("20 training images", "1,234", "| gem(3) | 50.00 | 25.00 |", "| answer | red | blue |", "(c.png)", "(s.png)"),
+        *("| Other-2 | 75.00 | 50.00 |", "Other-2, to compare with: ", "for 3 epochs (this model: 3)"),
+    ):
         assert words in card
 
 

@@ -28,13 +28,14 @@ def recipe_command(source: str, net: NetConfig, recipe: Recipe, out: str = "RUN"
     return " ".join(words)
 
 
-def model_card(model: Path, about: str = "", curve: str = "", confusion: str = "") -> str:
+def model_card(model: Path, about: str = "", curve: str = "", confusion: str = "", sizes: str = "") -> str:
     """The card of an exported file.
 
     Args:
         model: written by `fullframe export`; raises InvalidModel for others.
         about: a sentence on the data.
-        curve, confusion: the training curve's and the confusion matrix's pictures, relative to the card.
+        curve, confusion, sizes: the pictures of the training curve, of the confusion matrix and of the accuracy by
+            size, relative to the card.
     """
     contract = get_contract(load_model(model))
     facts = contract.training
@@ -56,6 +57,8 @@ def model_card(model: Path, about: str = "", curve: str = "", confusion: str = "
             }
         ),
         _accuracy(facts),
+        f"![accuracy by size]({sizes})" if sizes else "",
+        _rival(facts),
         _copy(facts),
         f"![per cent of each class's images by answer]({confusion})" if confusion else "",
         _neighbours(facts),
@@ -82,10 +85,32 @@ def _accuracy(facts: Any) -> str:
     if "accuracy" not in facts:
         return ""
     measured = facts["accuracy"]
-    rows = {"float32": measured["by_size"]} | ({"int8": facts["int8"]["by_size"]} if "int8" in facts else {})
     return (
         f"## Accuracy\n\nTop-1 on {measured['images']:,} images not trained on, shorter side resized bicubically, "
-        "nothing cropped, measured on the files with ONNX Runtime.\n\n" + _shares("shorter side, % right", rows)
+        "nothing cropped, measured on the files with ONNX Runtime.\n\n"
+        + _shares("shorter side, % right", accuracies(facts))
+    )
+
+
+def accuracies(facts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Shares of right answers by size, of the file, its int8 copy and its rival, as far as they were measured."""
+    rows = {"float32": facts["accuracy"]["by_size"]}
+    if "int8" in facts:
+        rows["int8"] = facts["int8"]["by_size"]
+    if "rival" in facts:
+        rows[facts["rival"]["name"]] = facts["rival"]["by_size"]
+    return rows
+
+
+def _rival(facts: Mapping[str, Any]) -> str:
+    if "rival" not in facts:
+        return ""
+    rival = facts["rival"]
+    theirs, ours = (sum(run["epochs"] for run in _runs(each)) for each in (rival, facts))
+    return (
+        f"{rival['name']}, to compare with: {rival['parameters']:,} parameters, "
+        f"{rival['multiply_adds_per_pixel']:,} multiply-adds per pixel, trained on the same images for "
+        f"{theirs} epochs (this model: {ours}).\n\n```\n{_commands(rival)}\n```"
     )
 
 
@@ -140,7 +165,17 @@ def _training(facts: Mapping[str, Any]) -> str:
         f"on {run['device']} with torch {run['torch']}"
         for run in runs
     ]
-    commands = [
+    return (
+        f"{data['train_images']:,} images to train on, {data['validation_images']:,} held out, used for nothing but "
+        f"the curve and the table. {', then '.join(steps)}; the last epoch's averaged weights are the ones here.\n\n"
+        f"```\n{_commands(facts)}\n```"
+    )
+
+
+def _commands(facts: Mapping[str, Any]) -> str:
+    """What to type for the same training, a line for each run."""
+    runs = _runs(facts)
+    return "\n".join(
         recipe_command(
             run["data"]["source"],
             NetConfig.from_json(run["net"]),
@@ -149,11 +184,6 @@ def _training(facts: Mapping[str, Any]) -> str:
             _folder(number - 1, len(runs)) if number else "",
         )
         for number, run in enumerate(runs)
-    ]
-    return (
-        f"{data['train_images']:,} images to train on, {data['validation_images']:,} held out, used for nothing but "
-        f"the curve and the table. {', then '.join(steps)}; the last epoch's averaged weights are the ones here.\n\n"
-        "```\n" + "\n".join(commands) + "\n```"
     )
 
 

@@ -1,7 +1,8 @@
-"""The training curve and the confusion matrix as pictures."""
+"""The training curve, accuracy by image size and the confusion matrix as pictures."""
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Final
 
 import numpy as np
@@ -43,6 +44,24 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return _png(figure)
+
+
+def plot_accuracy(by_size: Mapping[str, Mapping[str, float]]) -> bytes:
+    """A PNG of each named model's share of right answers by the images' shorter side in pixels."""
+    figure = Figure(figsize=(8, 3.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for (name, shares), style in zip(by_size.items(), cycle(("-", "--", "-.")), strict=False):
+        axes.plot([int(side) for side in shares], list(shares.values()), linestyle=style, marker=".", label=name)
+    sides = sorted({int(side) for shares in by_size.values() for side in shares})
+    axes.set_xscale("log")
+    axes.set_xticks(sides, [str(side) for side in sides])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set(title="Accuracy", xlabel="shorter side, pixels", ylim=(0, 1))
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     return _png(figure)
 
 
