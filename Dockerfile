@@ -1,10 +1,13 @@
-# The CPU server: gRPC, libvips and ONNX Runtime; no torch, no compiler, no pip, no root.
-FROM python:3.12-slim AS build
+# The server: gRPC, libvips and ONNX Runtime; no compiler, no pip, no root. The default target, the last one, is for CPUs
+# and holds no torch; --target gpu adds PyTorch and Triton for NVIDIA's container runtime.
+FROM python:3.12-slim AS source
 WORKDIR /src
 RUN python -m venv /opt/fullframe
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service service
 COPY kernels kernels
+
+FROM source AS build-cpu
 # What the server never loads stays behind: installers, ONNX Runtime's C library (Python has its own) and tools, tests.
 RUN /opt/fullframe/bin/pip install --no-cache-dir --no-compile -c constraints.txt . \
     && cd /opt/fullframe/lib/python3*/site-packages \
@@ -14,12 +17,24 @@ RUN /opt/fullframe/bin/pip install --no-cache-dir --no-compile -c constraints.tx
     && find . -name '*.pyi' -delete \
     && rm -f /opt/fullframe/bin/pip*
 
-FROM python:3.12-slim
-COPY --from=build /opt/fullframe /opt/fullframe
+FROM source AS build-gpu
+RUN /opt/fullframe/bin/pip install --no-cache-dir --no-compile -c constraints.txt '.[gpu]'
+
+FROM python:3.12-slim AS base
 # Nothing but temporary files is written at run time; where there is no folder for them, uploads are held in memory.
 ENV PATH=/opt/fullframe/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 FULLFRAME_HOST=0.0.0.0
-USER 10001:10001
 EXPOSE 8001 8002
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s CMD ["fullframe", "probe"]
 ENTRYPOINT ["fullframe"]
 CMD ["serve"]
+
+FROM base AS gpu
+# Triton compiles a kernel when it first runs, and its launcher with a C compiler; both stay in the temporary folder.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+COPY --from=build-gpu /opt/fullframe /opt/fullframe
+ENV TRITON_CACHE_DIR=/tmp/triton NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+
+FROM base AS cpu
+COPY --from=build-cpu /opt/fullframe /opt/fullframe
+USER 10001:10001

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fullframe
 import fusedpool
+from fullframe.engine.choice import DRIVERS
 
 PACKAGE = Path(fullframe.__file__).parent
 KERNELS = Path(fusedpool.__file__).parent
@@ -19,8 +22,9 @@ MAY_IMPORT = {
     "settings": {"engine", "model", "image"},
     "client": {"engine", "model", "image"},
     "convert": {"engine", "model", "image"},
+    "table": {"engine", "model", "image"},
     "learn": {"convert", "engine", "model", "image"},
-    "cli": {"server", "engine", "model", "image", "settings", "client", "learn", "convert"},
+    "cli": {"server", "engine", "model", "image", "settings", "client", "learn", "convert", "table"},
 }
 SHARED = {"errors", "defaults", "files", "__version__"}
 GRPC_ROOMS = {"server", "client", "cli"}
@@ -63,27 +67,43 @@ def test_imports_run_one_way() -> None:
                 assert target in MAY_IMPORT[room(path)], f"{path} imports {name}"
 
 
-def test_only_transport_knows_grpc_and_only_learning_knows_torch() -> None:
+def on_torch(path: Path) -> bool:
+    """Whether it is of the engine on PyTorch, which is imported when it is chosen."""
+    return room(path) == "engine" and (path.name == "fused.py" or PACKAGE / "engine" / "graph" in path.parents)
+
+
+def test_only_transport_knows_grpc_and_only_learning_and_one_engine_know_torch() -> None:
     for path in sources():
         for name in imports(path):
             top = name.partition(".")[0]
             assert top not in {"grpc", "grpc_status", "grpc_health"} or room(path) in GRPC_ROOMS, f"{path}: {name}"
             exported = room(path) == "convert" and path.name in {"modules.py", "sources.py"}  # networks in PyTorch
-            assert top not in {"torch", "onnxscript"} or room(path) == "learn" or exported, f"{path}: {name}"
+            torch_may_be = room(path) == "learn" or exported or on_torch(path)
+            assert top not in {"torch", "onnxscript"} or torch_may_be, f"{path}: {name}"
             # Where graphs are made or changed.
             graphs = (
                 room(path) in {"learn", "convert"}
                 or path.name in {"strips.py", "heads.py", "memory.py"}
                 or path.parent.name == "ragged"
+                or on_torch(path)
             )
             assert top != "onnx" or graphs or _type_checking(path, name), f"{path}: {name}"
+            assert top != "pyarrow" or room(path) == "table", f"{path}: {name}"
             assert top != "onnxruntime" or room(path) in {"engine", "learn", "convert"}, f"{path}: {name}"
 
 
-def test_the_kernel_library_stands_alone_and_only_learning_uses_it() -> None:
+def test_the_kernel_library_stands_alone_and_only_learning_and_one_engine_use_it() -> None:
     assert not [name for path in KERNELS.rglob("*.py") for name in imports(path) if name.startswith("fullframe")]
-    users = {room(path) for path in sources() for name in imports(path) if name.startswith("fusedpool")}
-    assert users == {"learn"}
+    users = {path for path in sources() for name in imports(path) if name.startswith("fusedpool")}
+    assert {"torch engine" if on_torch(path) else room(path) for path in users} == {"learn", "torch engine"}
+
+
+def test_only_the_choice_of_engines_knows_them_all() -> None:
+    for path in sources():
+        if not on_torch(path) and path.name != "choice.py":
+            assert not [
+                name for name in imports(path) if name.startswith(("fullframe.engine.fused", "fullframe.engine.graph"))
+            ]
 
 
 def _type_checking(path: Path, name: str) -> bool:
@@ -96,10 +116,38 @@ def _type_checking(path: Path, name: str) -> bool:
     return False
 
 
-def test_serving_loads_no_torch() -> None:
-    program = (
-        "import sys, fullframe.server.lifecycle, fullframe.engine.predictor, fullframe.client\n"
-        "print(*sorted({'torch', 'onnx', 'matplotlib', 'PIL', 'skimage'} & set(sys.modules)))"
-    )
+def loaded(program: str) -> list[str]:
+    """What of the packages that serving has no use for a program leaves imported."""
+    names = {"torch", "onnx", "fusedpool", "matplotlib", "PIL", "skimage", "pyarrow"}
+    program += f"\nimport sys; print(*sorted({names} & set(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert output.stdout.split() == []
+    return output.stdout.split()
+
+
+def test_importing_the_server_loads_no_torch() -> None:
+    assert loaded("import fullframe.server.lifecycle, fullframe.engine.predictor, fullframe.client") == []
+
+
+SERVED = """
+from fullframe.image import Limits, open_raw
+from fullframe.engine.query import Query
+from fullframe.server.lifecycle import open_models
+from fullframe.settings import Settings
+
+plane = open_models(Settings(engine={engine!r}, batching="ragged", tile_pixels=5000))
+images = [open_raw(bytes(3 * side * side), side, side, Limits()) for side in (20, 30, 400)]
+for future in plane.submit(plane.model(), images, Query()):
+    future.result()
+plane.close()
+"""
+
+
+@pytest.mark.parametrize("engine", ["onnx", *(["auto"] if not any(path.exists() for path in DRIVERS) else [])])
+def test_serving_with_onnx_runtime_never_loads_torch(engine: str) -> None:
+    """In batches and in pieces."""
+    assert loaded(SERVED.format(engine=engine)) == ["onnx"]
+
+
+def test_the_other_engine_loads_it() -> None:
+    """The control."""
+    assert {"torch", "fusedpool"} <= set(loaded("import fullframe.engine.fused"))

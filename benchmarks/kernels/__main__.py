@@ -1,23 +1,29 @@
 """The kernels of fusedpool on a GPU, beside PyTorch: checked against float64, then timed, forward and backward apart.
 
     python -m benchmarks.kernels [--quick] [--only TEXT] [--dtypes float16,...] [--implementations fused,...] [--fresh]
+                                 [--minutes 9]
 
 Each operator is first compared with plain PyTorch in float64, on the same numbers, values and gradients; one that
-differs is not timed. Then each runs on its own (triton.testing.do_bench: the median, the GPU's cache emptied before
-each run) as NCHW and NHWC, beside the same work in eager PyTorch, torch.compile, and torch.compile under deterministic
-algorithms. Bytes are those that must move, by the formulas that --list shows; GB/s and "% of copy" count them for every
+differs is not timed. Then each runs on its own (the median of the GPU's time, its cache emptied before each run) as
+NCHW and NHWC, beside the same work in eager PyTorch, torch.compile, and torch.compile under deterministic algorithms.
+Bytes are those that must move, by the formulas that --list shows; GB/s and "% of copy" count them for every
 implementation alike, and the copy is a large one within the GPU. Where a convolution does the work, they say little.
 
 Adds rows to benchmarks/results/kernels.csv, draws kernels.png beside it, and shows the table. What the file already has
-of this GPU, these versions and, for fused operators, this source is not measured again, unless --fresh is given.
+of this GPU, these versions and, for fused operators, this source is not measured again, unless --fresh is given: a run
+that is stopped, by --minutes or by hand, goes on where it was. What --quick measures comes first.
 --device cpu --tiny tries the script itself where there is no GPU; its figures mean nothing, so they need --out.
 """
 
 import argparse
 import datetime
+import signal
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -52,10 +58,13 @@ def main(words: list[str] | None = None) -> int:
     results = Results(arguments.out, arguments.fresh)
     copy = _copies(results, setting, arguments)
     todo = [(case, name) for case, name in _cases(arguments) if not results.has(_row(setting, case, name))]
-    failed = 0
-    with Progress(console=console) as progress:
+    deadline = time.monotonic() + 60 * arguments.minutes
+    measured = failed = 0
+    with Progress(console=console) as progress, suppress(KeyboardInterrupt):
         task = progress.add_task("measuring", total=len(todo))
         for case, name in todo:
+            if time.monotonic() > deadline:
+                break
             progress.update(task, description=f"{name}: {case.workload.name}, {case.dtype} {case.layout}")
             rows = list(_measured(_row(setting, case, name), case, name, arguments.device, copy))
             for row in rows:
@@ -66,10 +75,13 @@ def main(words: list[str] | None = None) -> int:
             if "CUDA error" in rows[0]["note"]:
                 progress.console.print("nothing can be trusted after that; run again to go on with the others")
                 return 1
+            measured += 1
             progress.advance(task)
-    console.print(report.table(results.rows, setting["gpu"]))
     report.draw(results.rows, setting["gpu"], arguments.out.with_suffix(".png"))
-    console.print(f"{arguments.out} and {arguments.out.with_suffix('.png').name}: {len(todo)} measured, {failed} wrong")
+    console.print(report.table(results.rows, setting["gpu"]))
+    console.print(f"{arguments.out} and {arguments.out.with_suffix('.png').name}: {measured} measured, {failed} wrong")
+    if measured < len(todo):
+        console.print(f"{len(todo) - measured} are left: the same command goes on with them")
     return 1 if failed else 0
 
 
@@ -82,6 +94,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="workloads whose name or operator has this text")
     parser.add_argument("--dtypes", help="comma-separated; all of " + ",".join(DTYPES))
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="comma-separated")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already has")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -106,16 +119,15 @@ def _listed() -> Table:
     return table
 
 
-def _cases(arguments: argparse.Namespace) -> Iterator[tuple[Case, str]]:
-    """Fused operators first, then the baselines one after another, so that a run cut short has the most of use."""
-    for implementation in arguments.implementations:
-        for dtype in arguments.dtypes:
-            for workload in WORKLOADS:
-                named = arguments.only in f"{workload.name} {workload.operation.name}"
-                if not named or (arguments.quick and not workload.quick):
-                    continue
-                for layout in ("NCHW", "NHWC") if len(workload.shape) == 4 else ("packed",):
-                    yield Case(workload.tiny() if arguments.tiny else workload, dtype, layout), implementation
+def _cases(arguments: argparse.Namespace) -> list[tuple[Case, str]]:
+    """What --quick measures, then the rest; of each, fused operators first, then the baselines one after another."""
+    found = []
+    for implementation, dtype, workload in product(arguments.implementations, arguments.dtypes, WORKLOADS):
+        named = arguments.only in f"{workload.name} {workload.operation.name}"
+        if named and (workload.quick or not arguments.quick):
+            for layout in ("NCHW", "NHWC") if len(workload.shape) == 4 else ("packed",):
+                found.append((Case(workload.tiny() if arguments.tiny else workload, dtype, layout), implementation))
+    return sorted(found, key=lambda item: not item[0].workload.quick or item[0].dtype != "float16")
 
 
 def _setting(arguments: argparse.Namespace, words: list[str] | None) -> Row:
@@ -190,4 +202,5 @@ def _copies(results: Results, setting: Row, arguments: argparse.Namespace) -> fl
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -108,6 +109,7 @@ def draw(rows: Iterable[Row], gpu: str, path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # of each font that is not there
     rows = list(rows)
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     copies = {

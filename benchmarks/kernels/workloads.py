@@ -196,6 +196,16 @@ _CHANNELS: Final = Operation(
     exact=lambda x: x.unflatten(1, (-1, 4)).max(2).values,
 )
 
+_FRACTIONAL: Final = Operation(
+    "fractional max 2x2 to 0.71",
+    lambda x: fusedpool.fractional_pool2d(x, 2, output_ratio=0.71, training=False),
+    lambda x: F.fractional_max_pool2d(
+        x, 2, output_ratio=(0.71, 0.71), _random_samples=x.new_full((*x.shape[:2], 2), 0.5)
+    ),
+    "s*e + (s + 1)*o",
+    "s*e + (s + 1)*o",
+)
+
 _CONVOLUTION: Final = Operation(
     "conv 1x1 to 512 + relu + global avg",
     lambda x, weight, bias: fusedpool.conv1x1_global_pool2d(x, weight, bias, activation="relu"),
@@ -222,5 +232,6 @@ WORKLOADS: Final = (
     Workload("alexnet head 13x13", _ADAPTIVE, (256, 256, 13, 13)),
     Workload("64 images packed", _RAGGED, (262144, 256), quick=True),
     Workload("maxout 56x56", _CHANNELS, (64, 256, 56, 56)),
+    Workload("fractional 112x112", _FRACTIONAL, (64, 64, 112, 112)),
     Workload("head 112x112", _CONVOLUTION, (32, 64, 112, 112), quick=True),
 )

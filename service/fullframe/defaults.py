@@ -11,6 +11,8 @@ OWN_PIXELS: Final = 100_000_000_000
 OWN_HELD_PIXELS: Final = 256_000_000
 MAX_BYTES: Final = 64 * 2**20
 """Of an encoded file."""
+LEAST_LIMIT_BYTES: Final = 128 * 2**10
+"""No server's limit on messages or encoded images is lower: what is smaller is sent without asking for the limits."""
 MAX_FRAMES: Final = 1000
 MAX_TEMPORARY_BYTES: Final = 2 * 2**30
 """Of disk, to turn a picture."""

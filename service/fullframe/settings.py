@@ -1,12 +1,13 @@
 """What a server can be told: one documented field each, from an option, else from the environment, else the default."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ByteSize, Field, FiniteFloat, ValidationError, field_validator
+from pydantic import ByteSize, Field, FiniteFloat, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fullframe import defaults
-from fullframe.engine.schedule import Batching
+from fullframe.engine.choice import Compute, EngineName
+from fullframe.engine.jobs import Batching
 from fullframe.errors import InvalidInput
 from fullframe.model.repository import Precision
 
@@ -31,6 +32,14 @@ class Settings(BaseSettings):
     precision: Precision = Field(
         "float32", description="int8: the copies that quantize made, not under the promise; auto: where there are such"
     )
+    engine: EngineName = Field(
+        "auto",
+        description="what runs the models; torch: PyTorch with fused kernels, of the gpu extra; auto: that where there "
+        "is a CUDA or ROCm device, else onnx",
+    )
+    compute: Compute = Field(
+        "float32", description="what the torch engine computes in; the promise is about float32, on either engine"
+    )
     workers: int = Field(0, ge=0, description="images worked on at once; 0: one for each core")
     batching: Batching = Field(
         "auto",
@@ -44,7 +53,9 @@ class Settings(BaseSettings):
         defaults.TILE_PIXELS, ge=1, description="an image of more pixels is computed piece by piece"
     )
     max_image_bytes: ByteSize = Field(
-        ByteSize(defaults.MAX_BYTES), gt=0, description="largest encoded image in a request"
+        ByteSize(defaults.MAX_BYTES),
+        ge=defaults.LEAST_LIMIT_BYTES,
+        description="largest encoded image in a request",
     )
     spool_folder: str = Field(
         "", description="where uploads are kept while they are worked on; none: the system's, else memory"
@@ -59,7 +70,10 @@ class Settings(BaseSettings):
     )
     # The default lets 32 megapixels come as raw RGB.
     max_message_bytes: ByteSize = Field(
-        ByteSize(128 * _MIB), gt=0, le=2**31 - 1, description="largest message in either direction"
+        ByteSize(128 * _MIB),
+        ge=defaults.LEAST_LIMIT_BYTES,
+        le=2**31 - 1,
+        description="largest message in either direction",
     )
     max_images_per_request: int = Field(128, ge=1, le=1024, description="most images of one request")
     max_megapixels_in_flight: FiniteFloat = Field(
@@ -69,7 +83,7 @@ class Settings(BaseSettings):
         ByteSize(0),
         ge=0,
         description="bytes that images may take while they are computed, by an estimate from the models' graphs; "
-        "0: three quarters of the machine's or the container's",
+        "0: three quarters of the machine's or the container's, or of what is free on the device",
     )
     max_held_megapixels: FiniteFloat = Field(
         defaults.MAX_HELD_PIXELS // _MEGA,
@@ -99,6 +113,17 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """An upload that is asked for by name must have room; the default one shrinks to the room that there is."""
+        if "max_upload_bytes" in self.model_fields_set and self.max_upload_bytes > self.max_spool_bytes:
+            raise InvalidInput(
+                f"setting 'max_upload_bytes' is {int(self.max_upload_bytes)}, more than 'max_spool_bytes', "
+                f"{int(self.max_spool_bytes)}, which holds all uploads: lower the one or raise the other",
+                "max_upload_bytes",
+            )
+        return self
 
 
 def describe(name: str) -> str:

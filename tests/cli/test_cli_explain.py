@@ -4,42 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import fullframe
 from fullframe.cli import explain as explaining
-from fullframe.image import Limits, Pixels, Regions, draw_class_map, open_source
-from fullframe.image.regions import Checkpoint, HeldRegions, no_checkpoint
+from fullframe.image import Limits, draw_class_map, open_source
 from tests.cli.command import run_here
 from tests.pictures import encode, pixels
 from tests.serving import Running
-
-
-class NeverWhole:
-    """A picture that can be read in pieces alone."""
-
-    format = "raw"
-
-    def __init__(self, held: Pixels) -> None:
-        self.height, self.width, _ = held.shape
-        self._held = held
-
-    def pixels(self) -> Pixels:
-        raise AssertionError("it must not be held whole")
-
-    def regions(self, checkpoint: Checkpoint = no_checkpoint) -> Regions:
-        return HeldRegions(self._held)
-
-
-@given(st.integers(1, 700), st.integers(1, 90), st.integers(2, 9))
-def test_reduced_pixels_are_means_of_all_pixels(height: int, width: int, factor: int) -> None:
-    picture = pixels(height, width)
-    reduced = explaining._reduced(NeverWhole(picture), factor)
-    assert reduced.shape == (-(-height // factor), -(-width // factor), 3)
-    for row, column in ((0, 0), (len(reduced) - 1, reduced.shape[1] - 1), (len(reduced) // 2, reduced.shape[1] // 2)):
-        block = picture[row * factor : (row + 1) * factor, column * factor : (column + 1) * factor]
-        np.testing.assert_array_equal(reduced[row, column], np.rint(block.mean((0, 1))))
 
 
 @pytest.mark.parametrize("where", ["here", "server"])

@@ -16,6 +16,7 @@ import pytest
 import fullframe
 from fullframe.client import AsyncClient, Client
 from fullframe.client.uploads import CHUNK, StoredFile, Upload
+from fullframe.defaults import LEAST_LIMIT_BYTES
 from fullframe.engine.progress import Progress
 from fullframe.engine.query import Answer
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
@@ -224,6 +225,19 @@ def test_an_upload_refused_for_lack_of_room_is_tried_again_from_the_beginning(
             assert not asked.done()
             other.close()
             assert asked.result(60).width == 900
+
+
+@SURFACES
+@pytest.mark.parametrize("limit", ["max_image_bytes", "max_message_bytes"])
+def test_a_server_of_the_lowest_limits_gets_what_is_beyond_them_by_upload(
+    surface: str, tiny_model: Path, limit: str
+) -> None:
+    images = {side: encode(pixels(side, side)) for side in (150, 220, 300)}
+    small, middle, large = map(len, images.values())
+    assert small < LEAST_LIMIT_BYTES - 2**16 < middle < LEAST_LIMIT_BYTES < large < MIB
+    with serving_here(models=str(tiny_model), **{limit: LEAST_LIMIT_BYTES}) as server:
+        for side, image in images.items():
+            assert predict(surface, server.target, image, {}).width == side
 
 
 class Scripted(VisionServiceServicer):

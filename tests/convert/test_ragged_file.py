@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
@@ -12,15 +13,17 @@ from fullframe.convert import ragged
 from fullframe.convert.metadata import get_contract, load_model, set_contract
 from fullframe.convert.quantize import quantize
 from fullframe.convert.ragged import make_ragged
+from fullframe.engine.fused import TorchEngine
 from fullframe.engine.ort import OrtEngine
 from fullframe.engine.ragged import RaggedEngine
 from fullframe.errors import InvalidModel
 from fullframe.learn.export import build_graph, describe
 from fullframe.learn.nets import Net
 from fullframe.learn.settings import NetConfig, Recipe
-from fullframe.model.ragged import ragged_model
+from fullframe.model.ragged import ragged_graph, ragged_model
 from fullframe.model.repository import BUNDLED, int8_copy
 from tests.cli.command import run_here
+from tests.models import write_model
 from tests.pictures import encode, pixels
 
 SMALL = NetConfig(classes=3, stem=4, width=16, depth=(1, 1))
@@ -128,3 +131,56 @@ def test_it_goes_to_one_file(tiny_model: Path, tmp_path: Path) -> None:
     assert "--output" in run_here("export", tiny_model, "--ragged", code=2).stderr
     done = run_here("export", tiny_model, "--ragged", "--repository", tmp_path, "-o", tmp_path / "m.onnx", code=2)
     assert "not to --repository" in done.stderr
+
+
+WRONG_SIZES = {
+    "taller than the batch": [[41, 50], [9, 50]],
+    "wider than the batch": [[40, 50], [9, 51]],
+    "none": [[40, 50], [0, 50]],
+    "below the smallest": [[40, 50], [9, 4]],
+    "negative": [[-40, 50], [9, 50]],
+    "of one image more": [[40, 50], [9, 50], [9, 50]],
+    "of one image less": [[40, 50]],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SIZES)
+def test_a_plain_runtime_refuses_sizes_that_no_image_has(
+    wrong: str, checked_and_not: tuple[ort.InferenceSession, ort.InferenceSession]
+) -> None:
+    checked, unchecked = checked_and_not
+    images = np.stack([pixels(40, 50), pixels(40, 50, seed=1)])
+    right, given = (np.array(each, np.int64) for each in ([[40, 50], [9, 5]], WRONG_SIZES[wrong]))
+    outputs = ["logits", "map_sizes"]
+    for name, one, other in zip(
+        outputs, *(session.run(outputs, {"images": images, "sizes": right}) for session in checked_and_not), strict=True
+    ):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+    with pytest.raises(Exception, match="sizes must be each image's own height and width"):
+        checked.run(outputs, {"images": images, "sizes": given})
+    if not wrong.startswith("of one"):  # the control: without the check there is an answer
+        assert len(unchecked.run(outputs, {"images": images, "sizes": given})[0]) == 2
+
+
+def test_the_torch_engine_refuses_them_too(tiny_model: Path, tmp_path: Path) -> None:
+    make_ragged(tiny_model, tmp_path / "ragged.onnx")
+    session = TorchEngine(tmp_path / "ragged.onnx").open_session(tmp_path / "ragged.onnx")
+    feeds = {"images": pixels(40, 50)[np.newaxis], "sizes": np.array([[40, 50]])}
+    assert session.run(["logits"], feeds)[0].shape == (1, 7)
+    with pytest.raises(RuntimeError, match="invalid for input of size 1"):
+        session.run(["logits"], feeds | {"sizes": np.array([[41, 50]])})
+
+
+@pytest.fixture(scope="module")
+def checked_and_not(tmp_path_factory: pytest.TempPathFactory) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    """Sessions on a file for batches, and on its graph as the engine runs it."""
+    folder = tmp_path_factory.mktemp("ragged")
+    plain = write_model(folder / "plain.onnx", least=5)
+    make_ragged(plain, folder / "ragged.onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    checked, unchecked = (
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        for model in (folder / "ragged.onnx", ragged_graph(plain))
+    )
+    return checked, unchecked

@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
-from onnxruntime import InferenceSession
 
 from fullframe.engine.answer import answer_from, outputs_for
 from fullframe.engine.merge import Merging
@@ -171,14 +170,9 @@ class Forgetful(Tiler):
     """Its strips see zeros where the rows of the strip before should be."""
 
     def _strip(
-        self,
-        session: InferenceSession,
-        place: Place,
-        pixels: Pixels,
-        carried: Sequence[FloatArray],
-        outputs: Sequence[str],
-    ) -> tuple[Mapping[str, FloatArray], list[FloatArray]]:
-        return super()._strip(session, place, pixels, [np.zeros_like(each) for each in carried], outputs)
+        self, place: Place, pixels: Pixels, carried: Sequence[Any], outputs: Sequence[str], alone: bool
+    ) -> tuple[Mapping[str, FloatArray], list[Any]]:
+        return super()._strip(place, pixels, [np.zeros_like(each) for each in carried], outputs, alone)
 
 
 class ShortSighted(Tiler):

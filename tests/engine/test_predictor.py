@@ -14,6 +14,7 @@ from fullframe.engine.progress import Progress
 from fullframe.engine.query import Answer
 from fullframe.errors import FullframeError, InvalidInput, InvalidModel, NotFound
 from fullframe.image import ImageSource
+from tests.models import write_model
 from tests.pictures import encode, pixels
 
 
@@ -96,8 +97,8 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(InvalidModel, match=r"text\.onnx can't be loaded"):
         fullframe.load(str(tmp_path / "text.onnx"))
-    with pytest.raises(InvalidInput, match="no engine is named 'magic'"):
-        fullframe.load(engine="magic")
+    with pytest.raises(InvalidInput, match="engine is 'magic'"):
+        fullframe.load(engine="magic")  # type: ignore[arg-type]
 
 
 def test_bad_questions_name_the_argument(predictor: Predictor) -> None:
@@ -108,3 +109,12 @@ def test_bad_questions_name_the_argument(predictor: Predictor) -> None:
         predictor.embed(pixels(3, 3), "median")
     with pytest.raises(InvalidInput, match="in_flight is 0"):
         next(predictor.stream([], in_flight=0))
+
+
+def test_a_failure_of_the_runtime_is_one_image_s(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "breaks.onnx", breaks_above=30)
+    with fullframe.load(str(model)) as breaking:
+        outcomes = [outcome for _, outcome in breaking.stream([pixels(20, 20), pixels(40, 20), pixels(30, 20)])]
+    assert [isinstance(outcome, Answer) for outcome in outcomes] == [True, False, True]
+    assert isinstance(outcomes[1], FullframeError)
+    assert str(outcomes[1]).startswith("the model failed: ")

@@ -18,7 +18,7 @@ from fullframe.engine.ort import OrtEngine
 from fullframe.engine.plane import EncodedImage, Plane, RawImage, open_plane
 from fullframe.engine.pooling import Pooling
 from fullframe.engine.query import Answer, Query
-from fullframe.engine.ragged import MOST_PIXELS, MOST_WASTE, RaggedEngine, companions, padded
+from fullframe.engine.ragged import MOST_PIXELS, MOST_WASTE, RaggedEngine, companions, padded, padded_size, side_class
 from fullframe.errors import DeadlinePassed, InvalidInput, InvalidModel
 from fullframe.image import Picture
 from fullframe.model.repository import BUNDLED, int8_copy
@@ -44,12 +44,13 @@ SIZES = [
 sizes = st.tuples(st.integers(1, 400), st.integers(1, 400))
 
 
-@given(sizes, st.lists(sizes, max_size=40), st.integers(1000, MOST_PIXELS))
-def test_a_batch_pads_little(first: tuple[int, int], others: list[tuple[int, int]], most: int) -> None:
-    chosen = companions(first, others, most)
+@given(sizes, st.lists(sizes, max_size=40), st.integers(1000, MOST_PIXELS), st.booleans())
+def test_a_batch_pads_little(first: tuple[int, int], others: list[tuple[int, int]], most: int, few: bool) -> None:
+    chosen = companions(first, others, most, few_shapes=few)
     assert len(set(chosen)) == len(chosen)
     batch = [first, *(others[number] for number in chosen)]
-    height, width = np.max(batch, axis=0)
+    largest = max(h for h, _ in batch), max(w for _, w in batch)
+    height, width = padded_size(largest, len(set(batch)) == 1, few)
     paid, own = len(batch) * height * width, sum(h * w for h, w in batch)
     assert len(batch) == 1 or paid <= min((1 + MOST_WASTE) * own, most)
 
@@ -60,10 +61,18 @@ def test_alike_images_go_together() -> None:
     assert companions((1, 1), []) == []
 
 
+def test_few_shapes_are_enough_for_all_sizes() -> None:
+    classes = [side_class(side) for side in range(1, 4097)]
+    assert classes == sorted(classes)
+    assert all(side <= padded <= side * 9 / 8 for side, padded in enumerate(classes, 1))
+    assert len(set(classes)) == 16 + 8 * 8
+    assert companions((100, 100), [(100, 100), (101, 99)], few_shapes=True) == [0, 1]
+    assert companions((33, 33), [(33, 36)], few_shapes=False) == [0]
+
+
 def test_padding_holds_the_images() -> None:
     images = [pixels(3, 7), pixels(5, 2)]
-    batch = padded(images)
-    assert batch.shape == (2, 5, 7, 3)
+    batch = padded(images, np.zeros((2, 5, 7, 3), np.uint8))
     np.testing.assert_array_equal(batch[0, :3], images[0])
     np.testing.assert_array_equal(batch[1, :, :2], images[1])
 

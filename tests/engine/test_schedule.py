@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullframe.engine.schedule import Budget, Counters, Job, Scheduler, Turn
+from fullframe.engine.jobs import Budget, Counters, Job, Turn
+from fullframe.engine.schedule import Scheduler
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
 from tests.serving import eventually
 
@@ -128,6 +129,19 @@ def test_a_deadline_that_passes_in_the_queue_drops_the_job(scheduler: Scheduler)
     patient.result(10)
     assert len(ran) == 1
     assert scheduler.counters().expired == 1
+
+
+def test_a_job_cancelled_at_its_deadline_has_expired_and_one_before_was_cancelled(scheduler: Scheduler) -> None:
+    """Whoever waits for an answer may give up at the deadline before a worker sees that it has passed."""
+    gate, _ = blocked(scheduler)
+    [late] = scheduler.submit([Job(1, lambda _: None)], deadline=time.monotonic() + 0.02)
+    [early] = scheduler.submit([Job(1, lambda _: None)], deadline=time.monotonic() + 30)
+    [whenever] = scheduler.submit([Job(1, lambda _: None)])
+    time.sleep(0.02)
+    assert late.cancel() and early.cancel() and whenever.cancel()
+    counters = scheduler.counters()
+    assert (counters.expired, counters.cancelled) == (1, 2)
+    gate.go.set()
 
 
 def test_a_failing_job_fails_alone(scheduler: Scheduler) -> None:

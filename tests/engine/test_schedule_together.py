@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullframe.engine.schedule import Budget, Job, Scheduler
+from fullframe.engine.jobs import Budget, Job
+from fullframe.engine.schedule import Scheduler
 from fullframe.errors import DeadlinePassed
 
 

@@ -133,17 +133,6 @@ def test_without_what_is_carried_the_whole_is_not_met(chain: OrtEngine) -> None:
     assert difference(wanted["feature_map"], found) > PROMISE
 
 
-def test_little_is_computed_twice(bundled_tiler: Tiler) -> None:
-    """At the default settings, whatever the size."""
-    tiler = bundled_tiler
-    for width in (5000, 20_000, 100_000):
-        bands = list(tiler.bands(width))
-        assert sum(band.right - band.left for band in bands) < 1.1 * width
-        assert sum(band.cells for band in bands) == tiler.map_size(100, width)[1]
-    assert max(band.right - band.left for band in bands) <= 4096
-    assert tiler.rows(100_000, 4096)[-1] == 100_000
-
-
 # -- answers
 
 

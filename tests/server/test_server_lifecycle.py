@@ -6,7 +6,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -266,33 +265,6 @@ def test_ipv6(tiny_model: Path) -> None:
     with serving_here(models=str(tiny_model), host="::1") as here, stub(here.target) as client:
         assert here.target.startswith("[::1]:")
         assert client.ListModels(pb.ListModelsRequest()).models
-
-
-def scrape(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
-
-
-def test_metrics(tiny_model: Path) -> None:
-    with serving(models=f"tiny={tiny_model}") as running, stub(running.target) as client:
-        client.Classify(pb.ClassifyRequest(images=[SMALL, pb.Image(encoded=b"?"), SMALL]))
-        list(client.PredictStream(iter([pb.PredictStreamRequest(image=SMALL, model=pb.ModelRef(name="evil"))])))
-        for name in ("a", "b", "c"):
-            with pytest.raises(grpc.RpcError):
-                client.Classify(pb.ClassifyRequest(model=pb.ModelRef(name=name), images=[SMALL]))
-        found = scrape(running.metrics_port)
-    assert found['fullframe_requests_total{code="OK",rpc="Classify"}'] == 1
-    assert found['fullframe_requests_total{code="NOT_FOUND",rpc="Classify"}'] == 3
-    assert found['fullframe_images_total{code="OK",model="tiny"}'] == 2
-    assert found['fullframe_images_total{code="INVALID_ARGUMENT",model="tiny"}'] == 1
-    assert found['fullframe_images_total{code="NOT_FOUND",model=""}'] == 1
-    assert found['fullframe_request_seconds_count{rpc="Classify"}'] == 4
-    for stage in ("decode", "queue", "compute"):
-        assert found[f'fullframe_image_seconds_count{{stage="{stage}"}}'] == 2
-    assert found["fullframe_image_pixels_sum"] == 2 * 16 * 16
-    assert found["fullframe_pixels_in_flight"] == found["fullframe_images_queued"] == 0
-    assert not [name for name in found if "evil" in name], "a label from a caller's text"
 
 
 def test_logs_are_one_json_object_a_line(tiny_model: Path) -> None:

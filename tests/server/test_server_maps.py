@@ -31,7 +31,7 @@ def test_a_reduced_map_is_that_of_this_process_and_its_mean_the_logits(server: R
 
 def test_a_map_too_long_for_a_message_fits_when_it_is_reduced(tiny_model: Path) -> None:
     with (
-        serving_here(models=str(tiny_model), max_message_bytes=100_000, tile_pixels=10_000) as server,
+        serving_here(models=str(tiny_model), max_message_bytes=2**17, tile_pixels=10_000) as server,
         fullframe.Client(server.target) as client,
     ):
         picture = np.zeros((3000, 10, 3), np.uint8)

@@ -117,10 +117,10 @@ def test_without_a_folder_there_is_memory_and_a_wrong_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))  # as where the file system is read-only
-    spool = open_spool(read_settings(max_image_bytes=2000, max_upload_bytes=5000))
-    assert spool.largest == 2000
-    file = opened(spool, 2000)
-    file.write(bytes(2000))
+    spool = open_spool(read_settings(max_image_bytes=200_000, max_upload_bytes=500_000))
+    assert spool.largest == 200_000
+    file = opened(spool, 200_000)
+    file.write(bytes(200_000))
     assert isinstance(file.data(), bytes)
     assert open_spool(read_settings(max_upload_bytes=5000, spool_folder=str(tmp_path))).largest == 5000
     with pytest.raises(InvalidInput, match=r"FULLFRAME_SPOOL_FOLDER\) can't be written: No such file") as wrong:

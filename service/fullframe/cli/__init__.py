@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "serve": ("fullframe.cli.serve:serve", "Serve models over gRPC until SIGTERM or Ctrl-C."),
     "classify": ("fullframe.cli.ask:classify", "Name the most probable classes of images."),
     "embed": ("fullframe.cli.ask:embed", "Compute pooled features of images."),
+    "similar": ("fullframe.cli.similar:similar", "Find the images of a table that are most like another."),
     "models": ("fullframe.cli.models:models", "List a server's models, or those in files and folders."),
     "inspect": ("fullframe.cli.models:inspect", "Show a model's contract: labels, geometry, training record."),
     "probe": ("fullframe.cli.serve:probe", "Ask a server whether it can answer; exit code 0 if so, else 1."),
@@ -26,8 +27,11 @@ COMMANDS: Final = {
     "evaluate": ("fullframe.learn.commands:evaluate", "Measure a model's accuracy at several sizes."),
 }
 
-_LEARN: Final = frozenset({"torch", "PIL", "onnxscript", "safetensors", "matplotlib"})
-"""Packages of the learn extra."""
+_EXTRAS: Final = {
+    **dict.fromkeys(("torch", "PIL", "onnxscript", "safetensors", "matplotlib"), "learn"),
+    "pyarrow": "table",
+}
+"""The extra that a package belongs to."""
 
 
 class _Commands(TyperGroup):
@@ -43,11 +47,18 @@ class _Commands(TyperGroup):
         except FullframeError as error:
             fail(str(error))
         except OSError as error:
-            fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+            fail(in_words(error))
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in _LEARN:
+            if (extra := _EXTRAS.get((error.name or "").partition(".")[0])) is None:
                 raise
-            fail(f"this needs {error.name}, of the learn extra: pip install 'fullframe[learn]'")
+            fail(f"this needs {error.name}, of the {extra} extra: pip install 'fullframe[{extra}]'")
+
+
+def in_words(error: Exception) -> str:
+    """What went wrong, and with which file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
 
 
 def fail(message: str) -> NoReturn:

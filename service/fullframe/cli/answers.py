@@ -34,7 +34,7 @@ class Answers:
         self.failed = 0
 
     def __iter__(self) -> "Iterator[tuple[str, Answer | FullframeError]]":
-        with _Bars(self._files) as bars:
+        with Bars(len(self._files), self._files.__getitem__) as bars:
             last: FullframeError | None = None
             stream = self._ask(on_progress=bars.hear if bars.shown else None)
             for number, (file, outcome) in enumerate(zip(self._files, self._in_order(stream), strict=True)):
@@ -62,17 +62,22 @@ class Answers:
                 yield early.pop(number, error)
 
 
-class _Bars:
+class Bars:
     """On stderr while it is a terminal, below whatever else is printed there, gone at the end: one bar for all files,
     and one for each that takes a while, first for its upload and then for its computation.
+
+    Args:
+        total: how many files there are; None where that is not known.
+        file_of: the file of that number.
+        doing: what is done with them, where that is not to answer.
 
     Attributes:
         shown: whether there are any.
     """
 
-    def __init__(self, files: Sequence[str]) -> None:
+    def __init__(self, total: int | None, file_of: Callable[[int], str] = str, doing: str = "") -> None:
         self.shown = sys.stderr.isatty()
-        self._files = files
+        self._file_of, self._doing, self._total, self._done = file_of, doing, total, 0
         self._progress = Progress(
             BarColumn(),
             TextColumn("{task.description}", markup=False),
@@ -82,13 +87,14 @@ class _Bars:
             disable=not self.shown,
             redirect_stdout=sys.stdout.isatty(),
         )
-        self._all = self._progress.add_task(f"0/{len(files)}", total=len(files))
+        self._all = self._progress.add_task("", total=total)
         self._slow: dict[int, tuple[TaskID, bool]] = {}  # the bool: it is still being sent
+        self._show()
 
     def hear(self, number: int, news: "ImageProgress") -> None:
         """How far an image is; from any thread."""
         sending = news.received < news.total
-        name = Path(self._files[number]).name
+        name = Path(self._file_of(number)).name
         if sending:
             state, share = f"{decimal(news.received)} of {decimal(news.total)} sent", news.received / news.total
         else:
@@ -103,14 +109,26 @@ class _Bars:
         self._progress.update(task, completed=share, description=f"{name}: {state}", refresh=turned)
 
     def end(self, number: int) -> None:
-        """An image is done, and all before it."""
+        """An image is done."""
         if number in self._slow:
             self._progress.remove_task(self._slow.pop(number)[0])
-        self._progress.update(self._all, completed=number + 1, description=f"{number + 1}/{len(self._files)}")
+        self._done += 1
+        self._show()
 
-    def __enter__(self) -> "_Bars":
+    def skip(self, count: int = 1) -> None:
+        """So many are done at no cost; not each of a great many is shown."""
+        self._done += count
+        if count > 1 or self._done % 1000 == 0:
+            self._show()
+
+    def _show(self) -> None:
+        total = "?" if self._total is None else self._total
+        self._progress.update(self._all, completed=self._done, description=f"{self._doing}{self._done}/{total}")
+
+    def __enter__(self) -> "Bars":
         self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._show()
         self._progress.stop()

@@ -14,6 +14,7 @@ from fullframe.cli.files import check_output, find_images
 from fullframe.cli.options import (
     MOST_MEGAPIXELS,
     Asked,
+    ComputeOption,
     EngineOption,
     JsonOption,
     MegapixelsOption,
@@ -49,6 +50,7 @@ def classify(
     model: ModelOption = "",
     engine: EngineOption = "auto",
     precision: PrecisionOption = "float32",
+    compute: ComputeOption = "float32",
     max_megapixels: MegapixelsOption = MOST_MEGAPIXELS,
     timeout: TimeoutOption = 30,
 ) -> None:
@@ -57,7 +59,7 @@ def classify(
     check_output(explain, ".png", "--explain")
     if explain and len(files) != 1:
         raise typer.BadParameter(f"takes one image, not {len(files)}", param_hint="--explain")
-    with asked(server, model, engine, precision, max_megapixels, timeout) as chosen:
+    with asked(server, model, engine, precision, compute, max_megapixels, timeout) as chosen:
         answers = Answers(files, partial(chosen.stream, files, top_k=top_k, **_map_for(explain, chosen)))
         outcomes = _explained(answers, explain, chosen, max_megapixels) if explain else answers
         _print_classes(outcomes, as_json)
@@ -76,28 +78,50 @@ def embed(
     normalize: Annotated[bool, typer.Option("--normalize", help="Give each vector unit length.")] = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE.npz", help="Write path, height, width, features, error there."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write path, height, width, features, error there: FILE.npz; or, of one folder, FILE.parquet, with "
+            "classes too, stored as it is done: the same command goes on after a stop.",
+        ),
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="With .parquet: begin anew, whatever is finished or stored.")
+    ] = False,
+    save_every: Annotated[
+        float, typer.Option("--save-every", min=0, help="With .parquet: seconds of work that a stop may cost.")
+    ] = 10,
     as_json: JsonOption = False,
     server: ServerOption = "",
     model: ModelOption = "",
     engine: EngineOption = "auto",
     precision: PrecisionOption = "float32",
+    compute: ComputeOption = "float32",
     max_megapixels: MegapixelsOption = MOST_MEGAPIXELS,
     timeout: TimeoutOption = 30,
 ) -> None:
     """Compute pooled features of images."""
     from fullframe.engine.pooling import Pooling
 
-    check_output(output, ".npz", "--output")
+    check_output(output, (".npz", ".parquet"), "--output")
     if output and as_json:
         raise typer.BadParameter("goes without --json", param_hint="--output")
     try:
         parsed = Pooling.parse(pooling, l2_normalize=normalize)
     except FullframeError as error:
         raise typer.BadParameter(str(error), param_hint="--pooling") from error
+    if output and output.suffix.lower() == ".parquet":
+        from fullframe.cli.tables import RETRIES, embed_folder, folder_of
+
+        folder = folder_of(images, output, restart)
+        with asked(server, model, engine, precision, compute, max_megapixels, timeout, RETRIES) as chosen:
+            fine = embed_folder(folder, output, parsed, chosen, restart=restart, save_every=save_every)
+        raise typer.Exit(0 if fine else 1)
+    if restart:
+        raise typer.BadParameter("goes with a .parquet", param_hint="--restart")
     files = find_images(images)
-    with asked(server, model, engine, precision, max_megapixels, timeout) as chosen:
+    with asked(server, model, engine, precision, compute, max_megapixels, timeout) as chosen:
         answers = Answers(files, partial(chosen.stream, files, top_k=0, poolings=[parsed]))
         if output:
             _write_features(output, answers)

@@ -5,24 +5,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from fullframe.defaults import OWN_PIXELS
+from fullframe.engine.choice import Compute, EngineName
 from fullframe.model.repository import Precision
 
 if TYPE_CHECKING:
+    from fullframe.client.messages import ServedModel
+    from fullframe.engine.plane import Served
     from fullframe.engine.query import Answer
     from fullframe.errors import FullframeError
     from fullframe.model.contract import Contract
 
 MOST_MEGAPIXELS: Final = OWN_PIXELS // 10**6
-_RETRIES: Final = 4
+RETRIES: Final = 4
 """Some four seconds: somebody is waiting, and the address may be wrong."""
 
-Engine = Literal["auto", "onnx"]
-EngineOption = Annotated[Engine, typer.Option("--engine", help="What runs the model in this process.")]
+EngineOption = Annotated[
+    EngineName,
+    typer.Option(
+        "--engine", help="What runs the model in this process; auto: torch where there is a device for it, else onnx."
+    ),
+]
+ComputeOption = Annotated[
+    Compute, typer.Option("--compute", help="What the torch engine computes in. Without --server.")
+]
 PrecisionOption = Annotated[
     Precision,
     typer.Option("--precision", help="int8: the copy that quantize made; auto: where there is one. Without --server."),
@@ -48,32 +58,54 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, here or on a server; `stream` is Client's and Predictor's."""
+    """A model, here or on a server.
+
+    Attributes:
+        stream: Client's or Predictor's.
+        served: its name, version, contract and digest.
+        compute: what it computes in; "" where only the server knows.
+    """
 
     stream: "Callable[..., Iterator[tuple[int, Answer | FullframeError]]]"
-    contract: "Contract"
+    served: "Served | ServedModel"
+    compute: str
+
+    @property
+    def contract(self) -> "Contract":
+        """The model's own metadata."""
+        return self.served.contract
 
 
 @contextmanager
 def asked(
-    server: str, model: str, engine: Engine, precision: Precision, megapixels: float, timeout: float
+    server: str,
+    model: str,
+    engine: EngineName,
+    precision: Precision,
+    compute: Compute,
+    megapixels: float,
+    timeout: float,
+    retries: int = RETRIES,
 ) -> Iterator[Asked]:
-    """The model that the options choose."""
+    """The model that the options choose; a server that is full or away is asked again so often for each image."""
     if server:
         from fullframe.client import Client
 
         name, _, version = model.partition("/")
-        with Client(server, timeout=timeout, retries=_RETRIES) as client:
-            contract = client.model(name, version).contract  # a wrong name or address is told once, not for each image
-            yield Asked(partial(client.stream, model=name, version=version), contract)
+        with Client(server, timeout=timeout, retries=RETRIES) as client:
+            served = client.model(name, version)  # a wrong name or address is told once, not for each image
+        with Client(server, timeout=timeout, retries=retries) as client:
+            stream = partial(client.stream, model=served.name, version=served.version)  # newer ones may come meanwhile
+            yield Asked(stream, served, compute="")
         return
     from fullframe.engine.predictor import load
     from fullframe.image import own_limits
 
     if not 0 < megapixels < float("inf"):
         raise typer.BadParameter(f"{megapixels} must be above 0", param_hint="--max-megapixels")
-    with load(model or None, engine, precision=precision, limits=own_limits(int(megapixels * 1e6))) as predictor:
-        yield Asked(predictor.stream, predictor.contract)
+    limits = own_limits(int(megapixels * 1e6))
+    with load(model or None, engine, precision=precision, compute=compute, limits=limits) as predictor:
+        yield Asked(predictor.stream, predictor.served, compute)
 
 
 def pixels_of(size: str) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from fullframe.cli.options import Engine
 from fullframe.errors import InvalidInput
 from fullframe.settings import Settings, address, describe, read_settings
 
@@ -16,7 +15,7 @@ _EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses to listen on, and where to ask then."""
 
 
-def _serve(engine: Engine, **given: Any) -> None:
+def _serve(**given: Any) -> None:
     """Serve models over gRPC until SIGTERM or Ctrl-C.
 
     Every option can be given in the environment too: --port 8001 as FULLFRAME_PORT=8001, --model as FULLFRAME_MODELS.
@@ -38,18 +37,14 @@ def _with_settings(command: Any) -> Any:
 
 
 def _parameters() -> Iterator[inspect.Parameter]:
-    yield _option("engine", Engine, "auto", typer.Option(help="what runs the models"))
     for name, field in Settings.model_fields.items():
         # None where nothing is given: then the environment is asked, and only then the default.
         metavar = "NAME=PATH" if name == "models" else None
         option = typer.Option(
             f"--{_dashed(name)}", metavar=metavar, help=f"{describe(name)}  [default: {_default(field)}]"
         )
-        yield _option(name, _type(field), None, option)
-
-
-def _option(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+        kind: Any = _type(field)
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 
 def _dashed(name: str) -> str:

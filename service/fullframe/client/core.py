@@ -23,6 +23,7 @@ from fullframe.client.messages import (
     served_model,
 )
 from fullframe.client.uploads import StoredFile, Upload, stored_file
+from fullframe.defaults import LEAST_LIMIT_BYTES
 from fullframe.engine.progress import OnProgress, OnStreamProgress, Progress
 from fullframe.engine.query import Answer, Query
 from fullframe.errors import DeadlinePassed, FullframeError, InvalidInput, Overloaded, ServerError, Unavailable
@@ -33,8 +34,6 @@ T = TypeVar("T")
 _FIRST_BACKOFF: Final = 0.2  # seconds, doubled for every further attempt
 _LONGEST_BACKOFF: Final = 5.0
 _JITTER: Final = 1.4  # clients refused together should not come back together
-# Every server takes a message this long, so that its limit need not be asked for.
-_SMALL: Final = 1 << 20
 # A longer file is probably of so many pixels that news of it is wanted, and an answer at once not to be had.
 _LONG: Final = 8 << 20
 # Bytes of a request beside its image; options are bounded far below this.
@@ -225,15 +224,18 @@ class Core:
 
     async def _beyond(self, size: int, encoded: bool) -> bool:
         """Whether a file, or pixels, of `size` bytes are more than the server takes in a message, or should."""
-        if size + _AROUND_IMAGE <= _SMALL:
+        if size + _AROUND_IMAGE <= LEAST_LIMIT_BYTES:
             return False
-        if encoded and size > _LONG:
-            return True
+        limits = await self._server_limits()
+        most = min(limits.max_image_bytes, _LONG) if encoded else size
+        return size > most or size + _AROUND_IMAGE > limits.max_message_bytes
+
+    async def _server_limits(self) -> pb.Limits:
+        """Asked for once."""
         if self._limits is None:
             response: pb.GetModelResponse = await self._unary("GetModel", pb.GetModelRequest())
             self._limits = response.limits
-        limits = self._limits
-        return size + _AROUND_IMAGE > limits.max_message_bytes or (encoded and size > limits.max_image_bytes)
+        return self._limits
 
     async def _upload(
         self,
@@ -242,7 +244,8 @@ class Core:
         model: pb.ModelRef,
         on_progress: OnProgress | None,
     ) -> Answer:
-        upload = Upload(file, model, options)
+        limits = await self._server_limits()
+        upload = Upload(file, model, options, limits.max_message_bytes - _AROUND_IMAGE)
         return _settle(await self._retried(partial(self._send_file, upload, on_progress)))
 
     async def _send_file(self, upload: Upload, on_progress: OnProgress | None, patience: "_Patience") -> pb.Prediction:

@@ -22,12 +22,18 @@ _NO_LIMIT: Final = 2**62  # pixels: limits are the server's to set
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that a server answers with; `default` answers where no name is given."""
+    """A model that a server answers with.
+
+    Attributes:
+        default: it answers where no name is given.
+        digest: SHA-256 of its file; "" where the server does not say.
+    """
 
     name: str
     version: str
     default: bool
     contract: Contract
+    digest: str
 
 
 def options_message(query: Query) -> pb.PredictOptions:
@@ -107,7 +113,8 @@ def served_model(message: pb.ModelInfo) -> ServedModel:
         tiles=Tiles.from_fields(more["tiles"]) if more.get("tiles") else None,
         ragged=more.get("ragged", False),
     )
-    return ServedModel(message.model.name, message.model.version, message.default, contract)
+    digest = more.get("digest", "")
+    return ServedModel(message.model.name, message.model.version, message.default, contract, digest)
 
 
 def _pooling(pooling: Pooling) -> pb.Pooling:

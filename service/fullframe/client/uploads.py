@@ -13,7 +13,7 @@ from fullframe.errors import InvalidInput
 from fullframe.v1 import vision_pb2 as pb
 
 CHUNK: Final = 1 << 20
-"""Bytes of a file in one message."""
+"""Bytes of a file in one message, where the server takes such long ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,18 @@ class Upload:
     The file itself waits for `let_go`: what a server refuses at once need not be sent, and the refusal is not lost
     among writes that fail.
 
+    Args:
+        most: bytes of the file that the server takes in one message.
+
     Attributes:
         size: bytes of the file.
         error: why the last of `messages` ended before the file did, if it did.
     """
 
-    def __init__(self, file: bytes | StoredFile, model: pb.ModelRef, options: pb.PredictOptions) -> None:
-        self._file = file
+    def __init__(
+        self, file: bytes | StoredFile, model: pb.ModelRef, options: pb.PredictOptions, most: int = CHUNK
+    ) -> None:
+        self._file, self._most = file, most
         self.size = len(file) if isinstance(file, bytes) else file.size
         self.error: InvalidInput | None = None
         self._go = threading.Event()
@@ -73,7 +78,7 @@ class Upload:
             with self._open() as file:
                 yield pb.PredictUploadRequest(start=self._start)
                 go.wait()
-                while left > 0 and (chunk := file.read(min(CHUNK, left))):
+                while left > 0 and (chunk := file.read(min(CHUNK, self._most, left))):
                     yield pb.PredictUploadRequest(chunk=chunk)
                     left -= len(chunk)
             if left:

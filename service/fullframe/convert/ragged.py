@@ -16,7 +16,7 @@ from fullframe.errors import InvalidModel
 from fullframe.files import write_atomically
 from fullframe.image import Pixels
 from fullframe.model.contract import Contract, Tiles
-from fullframe.model.ragged import ragged_model
+from fullframe.model.ragged import check_sizes, ragged_model
 
 TOLERANCE: Final = 1e-4
 _BATCHES: Final = 24
@@ -45,6 +45,7 @@ def make_ragged(model: Path, output: Path, name: str = "") -> tuple[Contract, fl
     if contract.ragged:
         raise InvalidModel(f"{model.name} is for batches of different sizes already")
     made = ragged_model(source)
+    check_sizes(made, contract.smallest_size)
     tiles = Tiles(contract.tiles.alignment if contract.tiles else contract.stride, (_NO_TILES,))
     contract = replace(contract, name=name or contract.name, ragged=True, tiles=tiles)
     set_contract(made, contract)

@@ -1,19 +1,19 @@
 """A contract model on ONNX Runtime: pixels in, the graph's outputs out, on one core or on all."""
 
 import threading
-from collections.abc import Sequence
-from functools import cache, cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnxruntime as ort
 
+from fullframe.engine.base import Engine
 from fullframe.engine.machine import available_cores
 from fullframe.engine.query import FloatArray
-from fullframe.errors import InvalidInput, InvalidModel
+from fullframe.errors import InvalidModel
 from fullframe.image import Pixels
-from fullframe.model.contract import INPUT, SIZES, Contract, TensorInfo
+from fullframe.model.contract import Contract, TensorInfo
 
 ort.set_default_logger_severity(3)
 
@@ -23,6 +23,8 @@ _CPU: Final = "CPUExecutionProvider"
 LARGE_PIXELS: Final = 2_000_000
 """From here on an image is computed on all cores, and its memory is given back, which costs time: the arena would keep
 it for good."""
+PIECE_PIXELS: Final = 2**18
+"""A few hundred bytes of memory each; pieces that fit in the caches are the fastest."""
 # ONNX Runtime takes so many times the memory of the maps alone: measured 1.25 to 1.45.
 _AROUND_MAPS: Final = 1.5
 
@@ -34,8 +36,40 @@ def _share_arena() -> None:
     ort.create_and_register_allocator(cpu, ort.OrtArenaCfg({}))
 
 
-class OrtEngine:
-    """One model file, runnable from many threads at once.
+class OrtSession:
+    """One graph, opened when it is first run: for one core, for all, or for either.
+
+    Args:
+        open_: opens it for so many threads.
+    """
+
+    def __init__(self, open_: Callable[[int], ort.InferenceSession]) -> None:
+        self._open, self._opening = open_, threading.Lock()
+        self._opened: dict[int, ort.InferenceSession] = {}
+
+    def run(
+        self,
+        outputs: Sequence[str],
+        feeds: Mapping[str, Any],
+        *,
+        held: Collection[str] = (),
+        alone: bool = False,
+        options: ort.RunOptions | None = None,
+    ) -> list[Any]:
+        """As Session.run; the arrays have the same bits on one core and on all."""
+        session = self.on(available_cores() if alone else 1)
+        return list(session.run(list(outputs), dict(feeds), options))
+
+    def on(self, threads: int) -> ort.InferenceSession:
+        """The session of so many threads: not every process meets a lone or large image."""
+        with self._opening:
+            if threads not in self._opened:
+                self._opened[threads] = self._open(threads)
+            return self._opened[threads]
+
+
+class OrtEngine(Engine):
+    """A model file on ONNX Runtime.
 
     Ordinary images run on one core each, side by side; large ones, and one that has the machine to itself, on all
     cores. The answer has the same bits either way.
@@ -44,28 +78,25 @@ class OrtEngine:
         arena: keep memory for the next image, except a large one's; without, memory is fragmented and runs are slower.
         pattern: ONNX Runtime's memory patterns: one more plan in memory for every image size that comes by.
 
-    Attributes:
-        path: the file.
-        contract: its metadata, checked against its graph.
-
     Raises:
         InvalidModel: the file is no ONNX model or breaks the contract.
     """
 
+    title = "onnx"
+    large_pixels = LARGE_PIXELS
+    piece_pixels = PIECE_PIXELS
+
     def __init__(self, path: Path, *, arena: bool = True, pattern: bool = False) -> None:
         self.path, self._arena, self._pattern = path, arena, pattern
-        self._one_core = self.open_session(path, 1)
-        self._all_cores_session: ort.InferenceSession | None = None
-        self._opening = threading.Lock()
-        self.contract = Contract.from_metadata(self._one_core.get_modelmeta().custom_metadata_map)
-        self.contract.check_graph(_tensors(self._one_core.get_inputs()), _tensors(self._one_core.get_outputs()))
+        self._session = self.open_session(path)
+        opened = self._session.on(1)
+        self.contract = Contract.from_metadata(opened.get_modelmeta().custom_metadata_map)
+        self.contract.check_graph(_tensors(opened.get_inputs()), _tensors(opened.get_outputs()))
 
-    def _all_cores(self) -> ort.InferenceSession:
-        """Opened when first needed: not every process meets a lone or large image."""
-        with self._opening:
-            if self._all_cores_session is None:
-                self._all_cores_session = self.open_session(self.path, available_cores())
-            return self._all_cores_session
+    @property
+    def accelerated(self) -> bool:
+        """As Engine's."""
+        return bool(self._session.on(1).get_providers()[0] != _CPU)
 
     @cached_property
     def _shrinking(self) -> ort.RunOptions | None:
@@ -74,59 +105,26 @@ class OrtEngine:
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return options if self._arena else None
 
-    def run(self, pixels: Pixels, outputs: Sequence[str], *, alone: bool = False) -> dict[str, FloatArray]:
-        """Run the graph on one image.
-
-        Args:
-            pixels: uint8 [H, W, 3].
-            outputs: names from the contract; only what they need is returned.
-            alone: no other image is being worked on.
-
-        Returns:
-            Each output without its batch axis.
-
-        Raises:
-            InvalidInput: the image is smaller than the graph can take. Asking ONNX Runtime would be unwise: a pool
-                with an empty output ends the process.
-        """
-        height, width, _ = pixels.shape
-        self.check_size(height, width)
-        large = height * width >= LARGE_PIXELS
-        all_cores = large or (alone and height * width >= _SHARED_PIXELS)
-        session = self._all_cores() if all_cores else self._one_core
-        feeds = {INPUT: pixels[np.newaxis]}
-        if self.contract.ragged:
-            feeds[SIZES] = np.array([[height, width]], np.int64)
-        results = session.run(list(outputs), feeds, self._shrinking if large else None)
-        return {name: result[0] for name, result in zip(outputs, results, strict=True)}
-
-    @property
-    def accelerated(self) -> bool:
-        """Whether another device than the CPU runs the graph."""
-        return bool(self._one_core.get_providers()[0] != _CPU)
+    def run_batch(self, images: Pixels, outputs: Sequence[str], *, alone: bool = False) -> list[FloatArray]:
+        """As Engine's. It counts on the smallest size: a pool with an empty output would end the process."""
+        pixels = images.shape[1] * images.shape[2]
+        large = pixels >= LARGE_PIXELS
+        all_cores = large or (alone and pixels >= _SHARED_PIXELS)
+        options = self._shrinking if large else None
+        return self._session.run(outputs, self._feeds(images), alone=all_cores, options=options)
 
     @cached_property
     def bytes_per_pixel(self) -> float:
-        """Of memory, while an image of more than a few pixels is run whole; 0 where the graph can't be followed."""
+        """Estimated from the graph."""
         from fullframe.model.memory import bytes_per_pixel  # the onnx package takes a while
 
         return _AROUND_MAPS * bytes_per_pixel(self.path)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise InvalidInput, naming the smallest size that works, if the graph can't take height x width."""
-        least_height, least_width = self.contract.smallest_size
-        if height < least_height or width < least_width:
-            raise InvalidInput(
-                f"the image is {width}x{height} pixels; this model needs at least {least_width}x{least_height}",
-                "images",
-            )
+    def open_session(self, model: Path | bytes) -> OrtSession:
+        """As Engine's."""
+        return OrtSession(partial(self._open, model))
 
-    def open_session(self, model: Path | bytes, threads: int, *, spinning: bool = True) -> ort.InferenceSession:
-        """A session on a file or a serialized graph with this engine's settings; raises InvalidModel.
-
-        Args:
-            spinning: threads spin while they wait for the next operator's work: soonest done, at the cost of others.
-        """
+    def _open(self, model: Path | bytes, threads: int) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -137,7 +135,9 @@ class OrtEngine:
         options.enable_mem_pattern = self._pattern
         # Threads that went on spinning between runs would take cores from the other workers.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not spinning:
+        if isinstance(model, bytes):
+            # Graphs made of a model's, strips above all, have many short operators: threads that spin between them
+            # take half as much again, for nothing.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             return ort.InferenceSession(model, options, providers=[_CPU])

@@ -1,5 +1,6 @@
 """The data plane under every transport: named models, images in, futures of answers out."""
 
+import hashlib
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -10,13 +11,15 @@ from typing import Final
 
 from fullframe.defaults import MAX_PIXELS_IN_FLIGHT, TILE_PIXELS
 from fullframe.engine.answer import answer_from, outputs_for
+from fullframe.engine.base import Engine
+from fullframe.engine.choice import Compute, EngineName, opener
+from fullframe.engine.jobs import Batching, Budget, Counters, Job, Turn
 from fullframe.engine.machine import available_cores, available_memory
 from fullframe.engine.merge import Merging
-from fullframe.engine.ort import LARGE_PIXELS, OrtEngine
 from fullframe.engine.progress import OnShare, unheard
 from fullframe.engine.query import Answer, Query, Timings
 from fullframe.engine.ragged import MASKS_SHARE, MOST_PIXELS, Decoded, RaggedBatches, ragged_engine
-from fullframe.engine.schedule import Batching, Budget, Counters, Job, Scheduler, Turn
+from fullframe.engine.schedule import Scheduler
 from fullframe.engine.tiles import Head, Tiler, memory_for_pieces
 from fullframe.errors import InvalidInput, InvalidModel, NotFound, quoted
 from fullframe.image import Limits, OnDisk, Picture, open_encoded, open_raw
@@ -57,12 +60,18 @@ class Served:
     name: str
     version: str
     default: bool
-    engine: OrtEngine
+    engine: Engine
 
     @property
     def contract(self) -> Contract:
         """The model's own metadata."""
         return self.engine.contract
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the model's file, which tells it from others of its name."""
+        with self.engine.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def tiler(self) -> Tiler:
@@ -89,10 +98,10 @@ class Plane:
         workers: images worked on at once; 0 for one on each core.
         max_pixels_in_flight: pixels queued and computed together; what would be more is refused.
         memory_budget: bytes that images may take at once, by an estimate; what would be more is refused. 0: three
-            quarters of the machine's or the container's.
+            quarters of the machine's or the container's, or of what is free on the device, if that is less.
         tile_pixels: a larger image is computed in pieces, and so is one that takes more than the memory budget; it
             counts for so many pixels in flight.
-        batching: whether smaller ones are computed one by one or together; see schedule.Batching.
+        batching: whether smaller ones are computed one by one or together; see jobs.Batching.
 
     Raises:
         InvalidModel: they are to be computed together, and a model's can't be.
@@ -111,7 +120,9 @@ class Plane:
     ) -> None:
         self.limits, self._tile_pixels = limits, tile_pixels
         self._models = list(models)
-        budget = Budget(max_pixels_in_flight, memory_budget or round(_SHARE_OF_MEMORY * available_memory()))
+        least = min((model.engine.available_memory() for model in models), default=available_memory())
+        memory = memory_budget or round(_SHARE_OF_MEMORY * least)
+        budget = Budget(max_pixels_in_flight, memory)
         workers = workers or available_cores()
         # The workers' batches take half of the memory, so that other images find room.
         self._together = dict(_batches(models, batching, budget.memory // 2 // workers))
@@ -180,17 +191,20 @@ class Plane:
             if huge or memory > in_pieces:
                 pieces = partial(_answer_in_pieces, model, picture, query, on_progress)
                 return Job(min(pixels, self._tile_pixels), pieces, in_steps=True, memory=in_pieces)
-        together = None if pixels >= LARGE_PIXELS else self._together.get(model)
+        large = pixels >= model.engine.large_pixels
+        together = None if large else self._together.get(model)
         if together is not None:
             work = partial(_decode, model, picture, query, outputs)
             memory = round(max(pixels, together.most_pixels) * _batch_bytes(model))  # of all that it may go with
             return Job(pixels, work, memory=memory, together=together, shape=(picture.height, picture.width))
-        return Job(pixels, partial(_answer, model, picture, query, outputs), wide=pixels >= LARGE_PIXELS, memory=memory)
+        return Job(pixels, partial(_answer, model, picture, query, outputs), wide=large, memory=memory)
 
     def warm_up(self) -> None:
-        """Read the models' graphs for their memory, which the first image would otherwise wait for."""
+        """Do what the first image would otherwise wait for: read the models' graphs for their memory, run them."""
         for model in self._models:
-            _ = model.engine.bytes_per_pixel
+            _ = model.engine.bytes_per_pixel, model.digest
+            if model.engine.accelerated and (together := self._together.get(model)) is not None:
+                together.warm_up()
 
     def counters(self) -> Counters:
         """What became of every image submitted."""
@@ -220,10 +234,14 @@ def open_plane(
     tile_pixels: int = TILE_PIXELS,
     precision: Precision = "float32",
     batching: Batching = "auto",
+    engine: EngineName = "auto",
+    compute: Compute = "float32",
 ) -> Plane:
-    """Load the models that `specs` and `precision` choose (model.repository.find_models) and start the workers."""
+    """Load the models that `specs` and `precision` choose (model.repository.find_models) into what `engine` and
+    `compute` choose (engine.choice.opener) and start the workers."""
+    open_engine = opener(engine, compute)
     files = find_models(specs, precision)
-    models = [Served(f.name, f.version, f.name == files[0].name, OrtEngine(f.path)) for f in files]
+    models = [Served(f.name, f.version, f.name == files[0].name, open_engine(f.path)) for f in files]
     return Plane(
         models,
         limits=limits or Limits(),

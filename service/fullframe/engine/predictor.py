@@ -5,18 +5,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Final, Self
+from typing import Self
 
+from fullframe.engine.choice import Compute, EngineName, opener
 from fullframe.engine.plane import Plane, Served, open_plane
 from fullframe.engine.pooling import Pooling
 from fullframe.engine.progress import OnProgress, OnStreamProgress, Progress, unheard
 from fullframe.engine.query import Answer, ClassScore, FloatArray, Query, as_pooling, make_query
-from fullframe.errors import FullframeError, InvalidInput, NotFound, Overloaded
+from fullframe.errors import FullframeError, InvalidInput, NotFound, Overloaded, first_line
 from fullframe.image import ImageSource, Limits, open_source, own_limits
 from fullframe.model.contract import Contract
 from fullframe.model.repository import BUNDLED_NAME, Precision
-
-ENGINES: Final = ("auto", "onnx")
 
 
 class Predictor:
@@ -30,6 +29,11 @@ class Predictor:
     def __init__(self, plane: Plane) -> None:
         self._plane = plane
         self._model: Served = plane.model()
+
+    @property
+    def served(self) -> Served:
+        """The model, its name and version."""
+        return self._model
 
     @property
     def contract(self) -> Contract:
@@ -98,10 +102,7 @@ class Predictor:
                     waiting.append((number, error))
                 upcoming = next(numbered, None)
             number, outcome = waiting.popleft()
-            try:
-                yield number, outcome.result() if isinstance(outcome, Future) else outcome
-            except FullframeError as error:
-                yield number, error
+            yield number, _outcome(outcome) if isinstance(outcome, Future) else outcome
 
     def close(self) -> None:
         """End the worker threads."""
@@ -119,26 +120,44 @@ class Predictor:
         return self._plane.submit(self._model, [picture], query, on_progress=hear)[0]
 
 
+def _outcome(future: Future[Answer]) -> Answer | FullframeError:
+    """What came of an image; a failure of the runtime is this image's alone."""
+    try:
+        return future.result()
+    except FullframeError as error:
+        return error
+    except Exception as error:
+        return FullframeError(f"the model failed: {first_line(error)}")
+
+
 def load(
-    model: str | None = None, engine: str = "auto", *, precision: Precision = "float32", limits: Limits | None = None
+    model: str | None = None,
+    engine: EngineName = "auto",
+    *,
+    precision: Precision = "float32",
+    compute: Compute = "float32",
+    limits: Limits | None = None,
 ) -> Predictor:
     """Open a model in this process.
 
     Args:
         model: an .onnx file, a model's folder, or None or "cifar10" for the bundled default.
-        engine: "auto" or "onnx".
+        engine: "onnx"; "torch" for PyTorch with fused kernels, of the gpu extra, which runs on a CPU too; "auto" for
+            that where there is a CUDA or ROCm device.
         precision: "int8" for the copy that `fullframe quantize` made, "auto" for it where there is one. The promise is
             about "float32".
+        compute: what the torch engine computes in.
         limits: what an image may be; by default as good as anything, since what is large is worked on in pieces.
 
     Raises:
         NotFound: no such model.
         InvalidModel: the file breaks the contract.
+        InvalidInput: no such engine, or one that needs what is not installed.
     """
-    if engine not in ENGINES:
-        raise InvalidInput(f"no engine is named {engine!r}; there are {', '.join(ENGINES)}", "engine")
+    opener(engine, compute)  # what it raises says more than that there is no such model
+    specs = [] if model in (None, BUNDLED_NAME) else [str(model)]
+    limits = limits or own_limits()
     try:
-        specs = [] if model in (None, BUNDLED_NAME) else [str(model)]
-        return Predictor(open_plane(specs, limits=limits or own_limits(), precision=precision))
+        return Predictor(open_plane(specs, limits=limits, precision=precision, engine=engine, compute=compute))
     except InvalidInput as error:
         raise NotFound(str(error)) from error

@@ -2,15 +2,15 @@
 
 import threading
 import time
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final
 
+from fullframe.engine.jobs import Budget, Counters, Job, Taken, Turn
 from fullframe.errors import DeadlinePassed, InvalidInput, Overloaded, Unavailable
 
 SHUTTING_DOWN: Final = "shutting down: ask another server, or this one later"
@@ -18,117 +18,8 @@ SHUTTING_DOWN: Final = "shutting down: ask another server, or this one later"
 _FIRST_RATE: Final = 2e6  # pixels a second on one worker, assumed until jobs have been timed
 _DECAY: Final = 0.95  # how much of the past each new timing leaves in the rate
 _SHORTEST_RETRY: Final = 0.1  # seconds
+_EARLY: Final = 0.02  # seconds before its deadline that a caller who gives up then may be heard
 _CANDIDATES: Final = 256  # jobs looked at for company: enough for a good choice, and soon done
-
-Batching = Literal["auto", "one", "ragged"]
-"""How images that wait are worked on: one by one, together in batches of different sizes, or as suits the device. A CPU
-gains nothing from batches."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What a job is told when its turn comes: seconds it has waited, and whether it has the machine to itself."""
-
-    queued: float
-    alone: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Work on `pixels` pixels; `work` runs on a worker's thread and its result becomes the future's.
-
-    Attributes:
-        pixels: what it counts for in the queue.
-        work: a function of the job's turn.
-        in_steps: `work` is a generator function; what it returns is the result. It is sent the next turn where it
-            yields, when others have had theirs; there it can be cancelled, and its deadline can pass.
-        wide: it is computed on all cores, so that two at once would gain nothing: one runs at a time, and leaves the
-            other workers to the rest. A job in steps is.
-        memory: bytes that it takes while it runs; in steps, from its first to its last.
-        together: a worker that takes the job also takes others that have this same object and that it chooses. `work`
-            then only prepares: what it returns is a part of what they are worked on together.
-        shape: height and width, for that choice.
-    """
-
-    pixels: int
-    work: Callable[[Turn], Any]
-    in_steps: bool = False
-    wide: bool = False
-    memory: int = 0
-    together: "Together | None" = None
-    shape: tuple[int, int] = (0, 0)
-
-
-class Together(Protocol):
-    """How jobs are worked on together."""
-
-    def choose(self, first: Job, others: Sequence[Job]) -> Sequence[int]:
-        """The numbers of those among the others, which wait, that are to go with the first."""
-
-    def work(self, prepared: Sequence[Any]) -> Sequence[Any]:
-        """For each of what jobs prepared its result, or the exception that is its own failure."""
-
-
-class Budget(NamedTuple):
-    """What jobs take, or may take, together: pixels queued and running, and bytes of memory held at once."""
-
-    pixels: int
-    memory: int = 2**62
-
-
-@dataclass(slots=True)
-class Counters:
-    """What became of the jobs: created = queued + running + finished + failed + cancelled + expired, always.
-
-    `refused` requests never became jobs; `pixels_in_flight` counts queued and running jobs, `memory_in_flight` the
-    bytes that these could hold at once.
-    """
-
-    created: int = 0
-    queued: int = 0
-    running: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    expired: int = 0
-    refused: int = 0
-    pixels_in_flight: int = 0
-    memory_in_flight: int = 0
-
-
-class _Taken:
-    """What jobs in flight take, on so many workers."""
-
-    def __init__(self, workers: int, jobs: Sequence[Job] = ()) -> None:
-        self._workers = workers
-        self._pixels = self._stepping = 0
-        self._wide: list[int] = []  # bytes, in order
-        self._narrow: list[int] = []
-        for job in jobs:
-            self.add(job)
-
-    def add(self, job: Job) -> None:
-        self._pixels += job.pixels
-        if job.in_steps:
-            self._stepping += job.memory
-        else:
-            insort(self._wide if job.wide else self._narrow, job.memory)
-
-    def remove(self, job: Job) -> None:
-        self._pixels -= job.pixels
-        if job.in_steps:
-            self._stepping -= job.memory
-        else:
-            found = self._wide if job.wide else self._narrow
-            del found[bisect_left(found, job.memory)]
-
-    def total(self) -> Budget:
-        """At the worst: the largest run together, and all that go in steps have begun."""
-        largest = self._narrow[-self._workers :]
-        crowd = sum(largest)
-        if self._wide:
-            crowd = max(crowd, self._wide[-1] + sum(largest[1:] if len(largest) == self._workers else largest))
-        return Budget(self._pixels, self._stepping + crowd)
 
 
 @dataclass(slots=True, eq=False)
@@ -166,7 +57,7 @@ class Scheduler:
 
     def __init__(self, workers: int, budget: Budget) -> None:
         self._workers, self._budget = workers, budget
-        self._taken = _Taken(workers)
+        self._taken = Taken(workers)
         self._wide_runs = False
         self._counters = Counters()
         self._queue: deque[_Entry] = deque()
@@ -237,7 +128,7 @@ class Scheduler:
     def _admit(self, jobs: Sequence[Job]) -> None:
         if self._draining:
             raise Unavailable(SHUTTING_DOWN)
-        for needed, most, text in zip(_Taken(self._workers, jobs).total(), self._budget, _TEXTS, strict=True):
+        for needed, most, text in zip(Taken(self._workers, jobs).total(), self._budget, _TEXTS, strict=True):
             if needed > most:
                 rather = "send its images in several requests" if len(jobs) > 1 else "send a smaller image"
                 raise InvalidInput(
@@ -393,6 +284,8 @@ class Scheduler:
         return "paused", lambda: None
 
     def _end(self, entry: _Entry, outcome: str) -> None:
+        if outcome == "cancelled" and time.monotonic() >= entry.deadline - _EARLY:
+            outcome = "expired"
         setattr(self._counters, outcome, getattr(self._counters, outcome) + 1)
         self._taken.remove(entry.job)
         if self._is_empty():

@@ -4,15 +4,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 
-from fullframe.engine.machine import available_cores
-from fullframe.engine.ort import OrtEngine
+from fullframe.engine.base import Engine, Session
 from fullframe.engine.query import FloatArray
 from fullframe.image import Pixels, Regions
 from fullframe.model.contract import INPUT, LOGITS_FROM_MAP
@@ -20,10 +18,9 @@ from fullframe.model.contract import INPUT, LOGITS_FROM_MAP
 if TYPE_CHECKING:
     from fullframe.model.strips import Place
 
-PIECE_PIXELS: Final = 2**18
-"""Of a strip of a band. A few hundred bytes of memory each; pieces that fit in the caches are the fastest."""
-BAND_WIDTH: Final = 4096
-"""Pixels. Beside its neighbours a band sees a receptive field's width of their pixels again."""
+BAND_WIDTH: Final = 5120
+"""Pixels. Beside a neighbour a band sees about a receptive field's width of its pixels again: of 200 pixels, less than
+a twentieth of any image."""
 
 # What a piece takes in times of its own pixels, as the arena grows by doubling: measured below 4.
 _AROUND_PIECE: Final = 4
@@ -32,10 +29,10 @@ Head = Callable[[FloatArray], FloatArray]
 """From features [C] to logits [K]."""
 
 
-def memory_for_pieces(engine: OrtEngine, height: int, width: int) -> int:
+def memory_for_pieces(engine: Engine, height: int, width: int) -> int:
     """About how many bytes an image takes in pieces of the usual size: a piece, and the rows carried."""
     rows = min(height, engine.contract.receptive_field[0])
-    piece = max(PIECE_PIXELS, rows * min(width, BAND_WIDTH) // 2)
+    piece = max(engine.piece_pixels, rows * min(width, BAND_WIDTH) // 2)
     return round(engine.bytes_per_pixel * (_AROUND_PIECE * piece + rows * width / 8))
 
 
@@ -67,18 +64,20 @@ class Tiler:
 
     Args:
         engine: the model.
-        piece_pixels, band_width: see PIECE_PIXELS and BAND_WIDTH; what a model needs at least overrides them.
+        piece_pixels: of a strip of a band; 0 for the engine's own.
+        band_width: see BAND_WIDTH. What a model needs at least overrides both.
 
     Raises:
         InvalidModel: the model's maps can't be computed in pieces; the message names the node that stands against it.
     """
 
-    def __init__(self, engine: OrtEngine, *, piece_pixels: int = PIECE_PIXELS, band_width: int = BAND_WIDTH) -> None:
-        self._engine, self._piece_pixels, self._band_width = engine, piece_pixels, band_width
+    def __init__(self, engine: Engine, *, piece_pixels: int = 0, band_width: int = BAND_WIDTH) -> None:
+        self._engine, self._band_width = engine, band_width
+        self._piece_pixels = piece_pixels or engine.piece_pixels
         from fullframe.model.strips import strip_graphs  # the onnx package takes a while, and few images need it
 
         self._strips = strip_graphs(engine.path)
-        self._session = cache(self._open_session)
+        self._sessions: dict[Place, Session] = {}
 
     @cached_property
     def head(self) -> Head | None:
@@ -90,7 +89,7 @@ class Tiler:
             return None
         from fullframe.model.heads import FEATURES, LOGITS, head_graph
 
-        session = self._engine.open_session(head_graph(self._engine.path), 1)
+        session = self._engine.open_session(head_graph(self._engine.path))
         return lambda features: session.run([LOGITS], {FEATURES: features[np.newaxis]})[0][0]
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
@@ -112,7 +111,7 @@ class Tiler:
         bands = list(self.bands(regions.width))
         rows = self.rows(regions.height, max(band.right - band.left for band in bands))
         strips = list(pairwise(rows))
-        carried: dict[Band, list[FloatArray]] = {}
+        carried: dict[Band, list[Any]] = {}
         done: dict[Band, int] = defaultdict(int)
         order = product(bands, strips) if regions.random_access else ((b, s) for s in strips for b in bands)
         for band, (top, bottom) in order:
@@ -123,8 +122,7 @@ class Tiler:
                 found: Mapping[str, FloatArray] = self._engine.run(pixels, outputs)
             else:
                 place: Place = "first" if top == 0 else "last" if bottom == regions.height else "middle"
-                session = self._session(place, available_cores() if is_alone() else 1)
-                found, carried[band] = self._strip(session, place, pixels, carried.pop(band, []), outputs)
+                found, carried[band] = self._strip(place, pixels, carried.pop(band, []), outputs, is_alone())
             columns = slice(band.skip, band.skip + band.cells)
             maps = {name: each[:, :, columns] for name, each in found.items()}
             yield Piece(done[band], band.first, maps, read_seconds)
@@ -137,8 +135,9 @@ class Tiler:
         _, step = self._strips.geometry.graph.alignment("feature_map")
         _, cells = self.map_size(contract.smallest_size[0], width)
         most = max(1, (self._band_width - field - step) // stride)
-        for first in range(0, cells, most):
-            last = min(first + most, cells) - 1
+        count = -(-cells // most)
+        for first, end in pairwise(cells * number // count for number in range(count + 1)):
+            last = end - 1
             left = max(0, first * stride + start) // step * step
             right = width if last == cells - 1 else min(width, last * stride + start + field)
             yield Band(left, right, first, first - left // stride, last - first + 1)
@@ -152,20 +151,17 @@ class Tiler:
             return [0, height]
         return [0, *range(first, height - step + 1, usual), height]
 
-    def _open_session(self, place: "Place", threads: int) -> ort.InferenceSession:
-        # Strips have many short operators: threads that spin between them take half as much again, for nothing.
-        return self._engine.open_session(self._strips.graphs[place], threads, spinning=False)
-
     def _strip(
-        self,
-        session: ort.InferenceSession,
-        place: "Place",
-        pixels: Pixels,
-        carried: Sequence[FloatArray],
-        outputs: Sequence[str],
-    ) -> tuple[Mapping[str, FloatArray], list[FloatArray]]:
-        """The next rows of each output, and what the next strip needs."""
+        self, place: "Place", pixels: Pixels, carried: Sequence[Any], outputs: Sequence[str], alone: bool
+    ) -> tuple[Mapping[str, FloatArray], list[Any]]:
+        """The next rows of each output, and what the next strip needs, which stays on the engine's device."""
         rests = [] if place == "last" else [f"rest.{number}" for number in range(self._strips.carries)]
         feeds = {INPUT: pixels[np.newaxis]} | {f"carry.{number}": each for number, each in enumerate(carried)}
-        results = session.run([*outputs, *rests], feeds)
+        results = self._session(place).run([*outputs, *rests], feeds, held=rests, alone=alone)
         return {name: each[0] for name, each in zip(outputs, results, strict=False)}, results[len(outputs) :]
+
+    def _session(self, place: "Place") -> Session:
+        """Opened when first needed; by two threads at once, one of them is kept."""
+        if place not in self._sessions:
+            self._sessions.setdefault(place, self._engine.open_session(self._strips.graphs[place]))
+        return self._sessions[place]

@@ -19,6 +19,11 @@ from fullframe.server.status import code_name, grpc_code, status_of, trailers_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+# A caller that gives up at its deadline may be heard before the one that it has sent, which gRPC rounds up to three
+# digits (https://github.com/grpc/grpc/blob/master/src/core/lib/transport/timeout_encoding.cc).
+_ROUNDED: Final = 0.01
+_EARLY: Final = 0.02  # seconds
+
 _RETRY_AFTER: Final = 0.25  # seconds until a budget that is not measured in pixels may have room
 
 
@@ -56,6 +61,7 @@ class Call(AbstractAsyncContextManager["Call"]):
         self._started = time.monotonic()
         remaining = context.time_remaining()
         self.deadline = None if remaining is None else self._started + remaining
+        self._late = float("inf") if remaining is None else self._started + remaining * (1 - _ROUNDED) - _EARLY
 
     async def read(self) -> Any:
         """The stream's next request, or grpc.aio.EOF; raises InvalidInput if it is malformed."""
@@ -123,8 +129,7 @@ class Call(AbstractAsyncContextManager["Call"]):
         self._calls.calls -= 1
         self.release(self._held)
         if self._broken_off or isinstance(error, asyncio.CancelledError):
-            late = self.deadline is not None and time.monotonic() >= self.deadline
-            self._ended("DEADLINE_EXCEEDED" if late else "CANCELLED")
+            self._ended("DEADLINE_EXCEEDED" if time.monotonic() >= self._late else "CANCELLED")
             raise asyncio.CancelledError  # there is nobody to send a status to
         elif error is None:
             self._ended("OK")

@@ -109,6 +109,8 @@ def open_models(settings: Settings) -> Plane:
         tile_pixels=settings.tile_pixels,
         precision=settings.precision,
         batching=settings.batching,
+        engine=settings.engine,
+        compute=settings.compute,
     )
     plane.warm_up()
     return plane
@@ -158,7 +160,8 @@ class Server:
         await self._grpc.start()
         self._following = asyncio.create_task(self._health.follow())
         models = [f"{model.name}/{model.version}" for model in self._plane.models()]
-        event("ready", host=host, port=port, metrics_port=metrics_port, models=models)
+        engines = sorted({model.engine.title for model in self._plane.models()})
+        event("ready", host=host, port=port, metrics_port=metrics_port, models=models, engines=engines)
         return Bound(host, port, metrics_port)
 
     async def stop(self, hurry: asyncio.Event) -> bool:

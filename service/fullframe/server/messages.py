@@ -116,6 +116,7 @@ def model_info(model: Served) -> pb.ModelInfo:
         "training": contract.training,
         "tiles": None if contract.tiles is None else asdict(contract.tiles),
         "ragged": contract.ragged,
+        "digest": model.digest,
     }
     return pb.ModelInfo(
         model=model_ref(model),

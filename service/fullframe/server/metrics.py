@@ -1,16 +1,22 @@
 """What Prometheus can scrape: calls, images, where their time went, and how full the server is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Final
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
+from fullframe.engine.jobs import Counters
 from fullframe.engine.query import Answer
-from fullframe.engine.schedule import Counters
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PIXELS = tuple(10**exponent for exponent in range(2, 9))
+
+_ENDS: Final = ("finished", "failed", "cancelled", "expired")
 
 
 class Metrics:
@@ -48,17 +54,7 @@ class Metrics:
             "fullframe_image_pixels", "Pixels of an answered image.", buckets=_PIXELS, registry=registry
         )
         self._decode, self._queue, self._compute = (stages.labels(s) for s in ("decode", "queue", "compute"))
-        for name, text, read in (
-            ("pixels_in_flight", "Pixels queued or computed now.", lambda: counters().pixels_in_flight),
-            (
-                "memory_in_flight",
-                "Bytes that those may take at once, by estimate.",
-                lambda: counters().memory_in_flight,
-            ),
-            ("images_queued", "Images waiting for a worker.", lambda: counters().queued),
-            ("images_running", "Images on a worker.", lambda: counters().running),
-        ):
-            self.watch(name, text, read)
+        registry.register(_Engine(counters))
         self._server: WSGIServer | None = None
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
@@ -92,3 +88,32 @@ class Metrics:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+
+
+class _Engine(Collector):
+    """The engine's counts, all of one moment: in every scrape the images admitted are those queued, running and ended.
+
+    An image whose header can't be read is never admitted; neither are those of a request that is refused.
+    """
+
+    def __init__(self, counters: Callable[[], Counters]) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        """As Prometheus' client asks."""
+        counts = self._counters()
+        for name, text, value in (
+            ("images_queued", "Images waiting for a worker.", counts.queued),
+            ("images_running", "Images on a worker.", counts.running),
+            ("pixels_in_flight", "Pixels queued or computed now.", counts.pixels_in_flight),
+            ("memory_in_flight", "Bytes that those may take at once, by estimate.", counts.memory_in_flight),
+        ):
+            yield GaugeMetricFamily(f"fullframe_{name}", text, value)
+        yield CounterMetricFamily("fullframe_images_admitted", "Images let into the queue.", counts.created)
+        ended = CounterMetricFamily(
+            "fullframe_images_ended", "Images that left the queue or a worker, by what became of them.", labels=["end"]
+        )
+        for end in _ENDS:
+            ended.add_metric([end], getattr(counts, end))
+        yield ended
+        yield CounterMetricFamily("fullframe_requests_refused", "Requests that found no room.", counts.refused)

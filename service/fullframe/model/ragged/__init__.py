@@ -5,6 +5,7 @@ an operator could see an image's padding in place of its border, the padding is 
 the least value for maxima), and what is taken from whole maps is taken from the image's own cells.
 """
 
+from fullframe.model.ragged.checked import check_sizes
 from fullframe.model.ragged.rewrite import ragged_graph, ragged_model
 
-__all__ = ["ragged_graph", "ragged_model"]
+__all__ = ["check_sizes", "ragged_graph", "ragged_model"]

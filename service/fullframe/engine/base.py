@@ -1,0 +1,110 @@
+"""What runs a contract model: the seam between images and a runtime, ONNX Runtime or PyTorch."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from fullframe.engine.machine import available_memory
+from fullframe.engine.query import FloatArray
+from fullframe.errors import InvalidInput
+from fullframe.image import Pixels
+from fullframe.model.contract import INPUT, SIZES, Contract
+
+
+class Session(Protocol):
+    """One graph, runnable from many threads at once."""
+
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, Any], *, held: Collection[str] = (), alone: bool = False
+    ) -> list[Any]:
+        """Compute outputs, as arrays.
+
+        Args:
+            feeds: an array for each input, or what came back for a held output of a session of the same engine.
+            held: outputs that are only fed again: they stay where they were computed.
+            alone: no other image is being worked on.
+        """
+
+
+class Engine(ABC):
+    """A contract model on one runtime, runnable from many threads at once.
+
+    Attributes:
+        path: the file.
+        contract: its metadata, checked against its graph.
+        title: the runtime and what it computes on, for people.
+        few_shapes: whether a shape that comes for the first time costs time, so that batches had better have few.
+        large_pixels: an image of so many is computed by itself, with all that the machine has.
+        piece_pixels: of the pieces that a huge image is computed in.
+    """
+
+    path: Path
+    contract: Contract
+    title: str
+    few_shapes: ClassVar[bool] = False
+    large_pixels: ClassVar[int]
+    piece_pixels: int
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether another device than the CPU computes."""
+        return False
+
+    @abstractmethod
+    def open_session(self, model: Path | bytes) -> Session:
+        """A session on a file or a serialized graph with this engine's settings; raises InvalidModel."""
+
+    @abstractmethod
+    def run_batch(self, images: Pixels, outputs: Sequence[str], *, alone: bool = False) -> list[FloatArray]:
+        """Run the graph on images of one size, uint8 [N, H, W, 3], not below the smallest; outputs with their batch
+        axis."""
+
+    @cached_property
+    @abstractmethod
+    def bytes_per_pixel(self) -> float:
+        """Of memory, while an image of more than a few pixels is run whole; 0 where the graph can't be followed."""
+
+    def run(self, pixels: Pixels, outputs: Sequence[str], *, alone: bool = False) -> dict[str, FloatArray]:
+        """Run the graph on one image.
+
+        Args:
+            pixels: uint8 [H, W, 3].
+            outputs: names from the contract; only what they need is returned.
+            alone: no other image is being worked on.
+
+        Returns:
+            Each output without its batch axis.
+
+        Raises:
+            InvalidInput: the image is smaller than the graph can take.
+        """
+        self.check_size(*pixels.shape[:2])
+        results = self.run_batch(pixels[np.newaxis], outputs, alone=alone)
+        return {name: result[0] for name, result in zip(outputs, results, strict=True)}
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise InvalidInput, naming the smallest size that works, if the graph can't take height x width."""
+        least_height, least_width = self.contract.smallest_size
+        if height < least_height or width < least_width:
+            raise InvalidInput(
+                f"the image is {width}x{height} pixels; this model needs at least {least_width}x{least_height}",
+                "images",
+            )
+
+    def available_memory(self) -> int:
+        """Bytes of the memory that images are computed in."""
+        return available_memory()
+
+    def zeros(self, shape: tuple[int, ...]) -> Pixels:
+        """uint8, in memory that the runtime reads soonest."""
+        return np.zeros(shape, np.uint8)
+
+    def _feeds(self, images: Pixels) -> dict[str, Any]:
+        """What the model's own graph takes for images of one size."""
+        if not self.contract.ragged:
+            return {INPUT: images}
+        return {INPUT: images, SIZES: np.tile(np.array(images.shape[1:3], np.int64), (len(images), 1))}

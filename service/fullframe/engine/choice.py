@@ -1,0 +1,72 @@
+"""Which engine runs the models: ONNX Runtime, or PyTorch where there is a device for it."""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from fullframe.errors import InvalidInput, InvalidModel
+
+if TYPE_CHECKING:  # the choice is a setting, which a command line reads before it knows that it needs an engine
+    from fullframe.engine.base import Engine
+
+EngineName = Literal["auto", "onnx", "torch"]
+"""torch: PyTorch with fused kernels, on a CUDA or ROCm device or, without one, the CPU; auto: on such a device."""
+Compute = Literal["float32", "bfloat16", "float16"]
+"""What the torch engine computes maps in, whatever the file's weights are; the promise is about float32."""
+
+DRIVERS: Final = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
+"""One of these is there where a device is: on other machines nobody waits for PyTorch's import."""
+
+
+def opener(engine: EngineName = "auto", compute: Compute = "float32") -> "Callable[[Path], Engine]":
+    """What opens a model's file; its calls raise InvalidModel.
+
+    With "auto" a model that the torch engine can't run goes to ONNX Runtime, unless `compute` asks for other maps.
+
+    Raises:
+        InvalidInput: an unknown engine or type, or one that needs what is not installed.
+    """
+    for name, given, kind in (("engine", engine, EngineName), ("compute", compute, Compute)):
+        if given not in get_args(kind):
+            raise InvalidInput(f"{name} is {given!r}; it must be one of {', '.join(get_args(kind))}", name)
+    if engine == "torch" or (engine == "auto" and _has_device()):
+        on_torch = partial(_torch_engine(), compute=compute)
+        return on_torch if engine == "torch" or compute != "float32" else partial(_either, on_torch)
+    if compute != "float32":
+        why = "the onnx engine" if engine == "onnx" else "without an accelerator and PyTorch the engine is onnx, which"
+        raise InvalidInput(f"{why} computes in float32 alone; {compute} needs the torch engine", "compute")
+    return _onnx_engine
+
+
+def _onnx_engine(path: Path) -> "Engine":
+    from fullframe.engine.ort import OrtEngine
+
+    return OrtEngine(path)
+
+
+def _has_device() -> bool:
+    """Whether PyTorch is installed and sees a CUDA or ROCm device."""
+    if find_spec("torch") is None or not any(path.exists() for path in DRIVERS):
+        return False
+    from fullframe.engine.fused import default_device
+
+    return default_device() != "cpu"
+
+
+def _torch_engine() -> "Callable[..., Engine]":
+    try:
+        from fullframe.engine.fused import TorchEngine
+    except ModuleNotFoundError as error:
+        raise InvalidInput(
+            f"the torch engine needs {error.name}, of the gpu extra: pip install 'fullframe[gpu]'", "engine"
+        ) from error
+    return TorchEngine
+
+
+def _either(on_torch: "Callable[[Path], Engine]", path: Path) -> "Engine":
+    try:
+        return on_torch(path)
+    except InvalidModel:  # an operator that only ONNX Runtime has, or a file that it will call wrong in its own words
+        return _onnx_engine(path)

@@ -1,0 +1,177 @@
+"""A contract model on PyTorch with fused kernels: images up to a device, answers down, the next batch meanwhile."""
+
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fullframe.engine.base import Engine
+from fullframe.engine.choice import Compute
+from fullframe.engine.graph import TorchSession
+from fullframe.engine.query import FloatArray
+from fullframe.errors import InvalidModel, Overloaded
+from fullframe.image import Pixels
+from fullframe.model.contract import Contract
+
+# PyTorch on a CPU takes so many times the memory of the maps alone: measured 1.0 to 2.8.
+_AROUND_MAPS: Final = 3.0
+_MEASURED_SIDE: Final = 512
+"""Of the image whose memory is measured on a device, in pixels."""
+_RETRY_AFTER: Final = 1.0
+"""Seconds until an image for which there was no memory may be sent again."""
+
+
+class Lane:
+    """The way to a device and back, for all sessions on it.
+
+    One graph is launched at a time. On a CUDA or ROCm device a launch does not wait for its end: while the device
+    computes, other threads copy their images up, launch the next graph and copy answers down, on streams of their own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._launching = device, threading.Lock()
+        on_gpu = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else []  # type: ignore[no-untyped-call]
+
+    def run(
+        self, session: TorchSession, outputs: Sequence[str], feeds: Mapping[str, Any], held: Collection[str]
+    ) -> list[Any]:
+        """As Session.run."""
+        tensors = {name: each if isinstance(each, Tensor) else self._upload(each) for name, each in feeds.items()}
+        if not self._streams:
+            with self._launching, torch.inference_mode():
+                found = session.run_tensors(outputs, tensors)
+            return _on_host(outputs, found, held)
+        up, down = self._streams
+        here, there = torch.cuda.current_stream(self._device), up.record_event()
+        with self._launching, torch.inference_mode():
+            here.wait_event(there)
+            found = session.run_tensors(outputs, tensors)
+            done = here.record_event()
+        with torch.cuda.stream(down):
+            down.wait_event(done)
+            return _on_host(outputs, found, held)
+
+    def _upload(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        if not self._streams:
+            return tensor
+        with torch.cuda.stream(self._streams[0]):
+            pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+            there = pinned.to(self._device, non_blocking=True)
+        there.record_stream(torch.cuda.current_stream(self._device))  # its memory is not the next copy's before the end
+        return there
+
+
+def _on_host(names: Sequence[str], found: Sequence[Tensor], held: Collection[str]) -> list[Any]:
+    return [each if name in held else each.cpu().numpy() for name, each in zip(names, found, strict=True)]
+
+
+_lane = cache(Lane)
+
+
+def default_device() -> str:
+    """Where models run unless told: on a CUDA or ROCm device, else on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class DeviceSession:
+    """One graph on a device: arrays in and out, held values there."""
+
+    def __init__(self, graph: TorchSession, lane: Lane) -> None:
+        self.graph, self._lane = graph, lane
+
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, Any], *, held: Collection[str] = (), alone: bool = False
+    ) -> list[Any]:
+        """As Session.run; raises Overloaded where the device has not the memory."""
+        names = sorted(outputs)  # in one order, since each is a program of its own
+        try:
+            found = dict(zip(names, self._lane.run(self.graph, names, feeds, held), strict=True))
+            return [found[name] for name in outputs]
+        except torch.OutOfMemoryError:
+            pass  # what follows is outside the handler: with the error, all that it holds of the run is gone
+        torch.cuda.empty_cache()
+        raise Overloaded("the device has no memory for this image now; send it again later", _RETRY_AFTER)
+
+
+class TorchEngine(Engine):
+    """A model file on PyTorch, on a CUDA or ROCm device or the CPU.
+
+    In float32 it turns TF32 off, for the whole process: the promise is float32's. New shapes cost a device time, for
+    the choice of convolution algorithms and room in the allocator, which is why batches have few.
+
+    Args:
+        device: as torch.device takes it; none: the first such device, else the CPU.
+        compute: what maps are computed in; pooled values and outputs are float32.
+
+    Raises:
+        InvalidModel: the file is no ONNX model, breaks the contract or has an operator that is not known, named by the
+            message.
+    """
+
+    few_shapes = True
+    large_pixels = 2_000_000
+
+    def __init__(self, path: Path, *, device: str = "", compute: Compute = "float32") -> None:
+        self.path = path
+        self._device = torch.device(device or default_device())
+        self._dtype: torch.dtype = getattr(torch, compute)
+        self.title = f"torch on {self._device}, {compute}"
+        # Larger on a device, which has more to launch than to compute for a small one.
+        self.piece_pixels = 2**20 if self.accelerated else 2**18
+        if compute == "float32":
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+        try:
+            self._session = self.open_session(path)
+        except InvalidModel as error:
+            raise InvalidModel(f"{path.name} can't be run on PyTorch: {error}") from error
+        graph = self._session.graph
+        self.contract = Contract.from_metadata(graph.metadata)
+        self.contract.check_graph(graph.inputs, graph.outputs)
+
+    @property
+    def accelerated(self) -> bool:
+        """As Engine's."""
+        return self._device.type == "cuda"
+
+    def open_session(self, model: Path | bytes) -> DeviceSession:
+        """As Engine's."""
+        return DeviceSession(TorchSession(model, device=self._device, dtype=self._dtype), _lane(self._device))
+
+    def run_batch(self, images: Pixels, outputs: Sequence[str], *, alone: bool = False) -> list[FloatArray]:
+        """As Engine's."""
+        return self._session.run(outputs, self._feeds(images))
+
+    @cached_property
+    def bytes_per_pixel(self) -> float:
+        """On a device measured, with all outputs; on the CPU estimated from the graph."""
+        if not self.accelerated:
+            from fullframe.model.memory import bytes_per_pixel
+
+            return _AROUND_MAPS * bytes_per_pixel(self.path)
+        height, width = (max(_MEASURED_SIDE, least) for least in self.contract.smallest_size)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        self.run_batch(self.zeros((1, height, width, 3)), self.contract.outputs)
+        return (torch.cuda.max_memory_allocated(self._device) - before) / (height * width)
+
+    def available_memory(self) -> int:
+        """As Engine's: what is free on the device and in PyTorch's cache of it, or the host's if that is less."""
+        host = super().available_memory()
+        if not self.accelerated:
+            return host
+        free, _ = torch.cuda.mem_get_info(self._device)
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return min(host, free + cached)
+
+    def zeros(self, shape: tuple[int, ...]) -> Pixels:
+        """As Engine's: in pinned memory, which goes up without a copy on the host."""
+        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self.accelerated).numpy()

@@ -1,0 +1,134 @@
+"""An ONNX file or serialized graph -> ir.Graph, its constants folded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor
+
+from fullframe.engine.graph.ir import Graph, Node, refused
+from fullframe.engine.graph.operators import OPERATORS, QUANTIZING
+from fullframe.errors import InvalidModel, first_line
+from fullframe.model.contract import TensorInfo
+from fullframe.model.graphs import OWN_DOMAINS, opset_of, title
+
+_LEAST_OPSET: Final = 13
+_SAME: Final = frozenset({"Identity", "Dropout"})
+_CPU: Final = torch.device("cpu")
+_MOST_FOLDED: Final = 1 << 20
+"""Elements of what may be computed ahead from constants: a graph's file does not make memory out of nothing."""
+
+
+def read_graph(model: Path | bytes) -> Graph:
+    """Read a graph; raises InvalidModel naming the node that can't be run."""
+    try:
+        proto = onnx.load(model) if isinstance(model, Path) else onnx.load_from_string(model)
+    except Exception as error:  # onnx's readers raise what protobuf, the file system and numpy raise
+        raise InvalidModel(f"it is no ONNX file: {first_line(error)}") from error
+    if (opset := opset_of(proto)) < _LEAST_OPSET:
+        raise InvalidModel(
+            f"the graph is of opset {opset}; PyTorch runs those from {_LEAST_OPSET} on (onnx.version_converter)"
+        )
+    constants = {each.name: _tensor(each) for each in proto.graph.initializer}
+    infos = [_info(each) for each in proto.graph.input if each.name not in constants]
+    nodes = _Folding(constants, {each.name for each in proto.graph.output}).nodes(proto.graph.node)
+    return Graph(
+        nodes,
+        constants,
+        tuple(infos),
+        tuple(_info(each) for each in proto.graph.output),
+        _ranks(proto),
+        {each.key: each.value for each in proto.metadata_props},
+    )
+
+
+class _Folding:
+    """What is made of constants alone becomes a constant; copies go."""
+
+    def __init__(self, constants: dict[str, Tensor], outputs: set[str]) -> None:
+        self._constants, self._outputs = constants, outputs
+        self._names: dict[str, str] = {}
+
+    def nodes(self, protos: Sequence[onnx.NodeProto]) -> list[Node]:
+        """The nodes that are left."""
+        kept = []
+        for proto in protos:
+            if proto.op_type == "Constant" and proto.domain in OWN_DOMAINS:
+                self._constants[proto.output[0]] = _constant(proto)
+                continue
+            node = self._read(proto)
+            if node.op in _SAME and node.outputs[0] not in self._outputs:
+                self._names[node.outputs[0]] = node.inputs[0]
+            elif not self._fold(node):
+                kept.append(node)
+        return kept
+
+    def _read(self, proto: onnx.NodeProto) -> Node:
+        inputs = tuple(self._names.get(name, name) for name in proto.input)
+        node = Node(proto.op_type, inputs, tuple(proto.output), title(proto), {})
+        if node.op in QUANTIZING:
+            raise refused(
+                node, "computes with integers of 8 bits, which PyTorch has none of its own for; serve the float model"
+            )
+        if proto.domain not in OWN_DOMAINS or node.op not in OPERATORS:
+            domain = "" if proto.domain in OWN_DOMAINS else f" of {proto.domain}"
+            raise refused(node, f"is an operator{domain} that the PyTorch engine does not have")
+        node = node.having(attributes={each.name: _attribute(each) for each in proto.attribute})
+        OPERATORS[node.op].check(node)
+        return node
+
+    def _fold(self, node: Node) -> bool:
+        names = [name for name in node.inputs if name]
+        if node.op == "Shape" or not all(name in self._constants for name in names):
+            return False
+        values = [self._constants[name] if name else None for name in node.inputs]
+        found = OPERATORS[node.op].bound(node, _CPU)(*values)
+        outputs = found if isinstance(found, tuple) else (found,)
+        if max(each.numel() for each in outputs) > max(_MOST_FOLDED, *(v.numel() for v in values if v is not None), 0):
+            return False
+        self._constants |= dict(zip(node.outputs, outputs, strict=False))
+        return True
+
+
+def _attribute(proto: onnx.AttributeProto) -> Any:
+    value = helper.get_attribute_value(proto)
+    if isinstance(value, onnx.TensorProto):
+        return _tensor(value)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _constant(proto: onnx.NodeProto) -> Tensor:
+    (attribute,) = proto.attribute
+    if attribute.name == "value":
+        return _tensor(attribute.t)
+    value = helper.get_attribute_value(attribute)
+    if attribute.name not in ("value_int", "value_ints", "value_float", "value_floats"):
+        raise InvalidModel(f"{title(proto)} holds a {attribute.name}, which the PyTorch engine does not read")
+    return torch.tensor(value, dtype=torch.float32 if "float" in attribute.name else torch.int64)
+
+
+def _tensor(proto: onnx.TensorProto) -> Tensor:
+    value = np.array(numpy_helper.to_array(proto))
+    try:
+        return torch.from_numpy(value)
+    except TypeError:
+        raise InvalidModel(
+            f"constant {proto.name!r} is of type {value.dtype}, which the PyTorch engine does not read"
+        ) from None
+
+
+def _ranks(proto: onnx.ModelProto) -> dict[str, int]:
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    types = {each.name: each.type.tensor_type for each in (*graph.value_info, *graph.input, *graph.output)}
+    return {name: len(kind.shape.dim) for name, kind in types.items() if kind.HasField("shape")}
+
+
+def _info(proto: onnx.ValueInfoProto) -> TensorInfo:
+    kind = proto.type.tensor_type
+    name = helper.tensor_dtype_to_np_dtype(kind.elem_type).name if kind.elem_type else "undefined"
+    shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim]
+    return TensorInfo(proto.name, f"tensor({'float' if name == 'float32' else name})", shape)
