@@ -58,6 +58,7 @@ def test_every_family_as_it_is_converted(device: torch.device, name: str, export
     agrees(convert(exported(FAMILIES[name], exporter), Options(name, mean=MEAN, std=STD)).model, device)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "squeezenet" else pytest.mark.slow) for name in NAMES]
 )
