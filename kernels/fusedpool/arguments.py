@@ -1,8 +1,7 @@
-"""Arguments of the operators, checked by PyTorch's own rules before anything is launched."""
+"""Arguments of the operators but for sizes, checked before anything is launched."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Self, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,119 +9,7 @@ from torch import Tensor
 from fusedpool.kinds import KINDS
 from fusedpool.prologue import ACTIVATIONS
 
-IntPair: TypeAlias = int | Sequence[int]
-
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Window:
-    """A sliding window, as in torch.nn.functional's pools; `divisor` 0 means none is given.
-
-    Sizes may be symbolic. Raises ValueError for what PyTorch would refuse.
-    """
-
-    kernel_h: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    padding_h: int
-    padding_w: int
-    dilation_h: int
-    dilation_w: int
-    ceil_mode: int = 0
-    count_include_pad: int = 1
-    divisor: int = 0
-
-    @property
-    def taps(self) -> int:
-        """Cells of the window."""
-        return self.kernel_h * self.kernel_w
-
-    @property
-    def overlap(self) -> tuple[int, int]:
-        """The most windows that a row, and a column, can lie in."""
-        return (
-            -(-((self.kernel_h - 1) * self.dilation_h + 1) // self.stride_h),
-            -(-((self.kernel_w - 1) * self.dilation_w + 1) // self.stride_w),
-        )
-
-    def to_ints(self) -> list[int]:
-        """For an operator's schema."""
-        return [getattr(self, field.name) for field in fields(self)]
-
-    @classmethod
-    def from_ints(cls, values: Sequence[int]) -> Self:
-        """The inverse."""
-        return cls(*values)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(oh, ow) for a map of height x width."""
-        return (
-            _output_size(height, self.kernel_h, self.stride_h, self.padding_h, self.dilation_h, self.ceil_mode),
-            _output_size(width, self.kernel_w, self.stride_w, self.padding_w, self.dilation_w, self.ceil_mode),
-        )
-
-
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: int) -> int:
-    span = size + 2 * padding - dilation * (kernel - 1) - 1
-    if not ceil_mode:
-        return span // stride + 1
-    # The last window must start inside the input or its left padding.
-    windows: int = torch.sym_min((span + stride - 1) // stride + 1, (size + padding - 1) // stride + 1)
-    return windows
-
-
-def window(
-    x: Tensor,
-    kernel_size: IntPair,
-    stride: IntPair | None,
-    padding: IntPair,
-    dilation: IntPair,
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Window:
-    """The window that the arguments of `pool2d` describe; raises ValueError naming the one that is wrong."""
-    kernel = pair(kernel_size, "kernel_size", 1)
-    strides = kernel if stride is None else pair(stride, "stride", 1)
-    pads, dilations = pair(padding, "padding", 0), pair(dilation, "dilation", 1)
-    for pad, size, step in zip(pads, kernel, dilations, strict=True):
-        effective = (size - 1) * step + 1
-        if pad > effective // 2:
-            raise ValueError(f"padding is {pad}; it must be at most half the effective kernel size, {effective} // 2")
-    if divisor_override is not None and (not _is_int(divisor_override) or divisor_override == 0):
-        raise ValueError(f"divisor_override is {divisor_override!r}; it must be an int other than 0, or None")
-    result = Window(*kernel, *strides, *pads, *dilations, int(ceil_mode), int(count_include_pad), divisor_override or 0)
-    height, width = result.output_size(x.shape[2], x.shape[3])
-    if height < 1 or width < 1:
-        raise ValueError(
-            f"kernel_size is {kernel}; with padding {pads} and dilation {dilations} it does not fit into x, whose maps "
-            f"are {x.shape[2]} x {x.shape[3]}: the output would be {height} x {width}"
-        )
-    return result
-
-
-def pair(value: IntPair, name: str, least: int) -> tuple[int, int]:
-    """(vertical, horizontal) of an int or two; raises ValueError for other things and for less than `least`."""
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(values) == 1:
-        values *= 2
-    if len(values) != 2 or not all(_is_int(v) for v in values):
-        raise ValueError(f"{name} is {value!r}; it must be an int or two of them, (vertical, horizontal)")
-    if min(values) < least:
-        raise ValueError(f"{name} is {value!r}; it must be at least {least}")
-    return values
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-
-
-def _is_static(side: int) -> bool:
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and only exports need it
-
-    return has_static_value(side)
 
 
 def check_tensors(**values: object) -> None:
@@ -188,7 +75,7 @@ def check_normalisation(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
 ) -> None:
     """Raise ValueError for what torch.nn.functional.batch_norm would refuse."""
@@ -200,8 +87,8 @@ def check_normalisation(
         raise ValueError(f"eps is {eps}; it must be positive in training")
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x has shape {list(x.shape)}; expected more than 1 value per channel when training")
-    if not isinstance(momentum, (int, float)):
-        raise ValueError(f"momentum is {momentum!r}; it must be a number")
+    if not isinstance(momentum, int | float) and not (isinstance(momentum, Tensor) and momentum.numel() == 1):
+        raise ValueError(f"momentum is {momentum!r}; it must be a number, or a tensor of one")
 
 
 def parameter(kind: str, p: float | Tensor | None, x: Tensor) -> tuple[float, Tensor | None]:
@@ -217,6 +104,8 @@ def parameter(kind: str, p: float | Tensor | None, x: Tensor) -> tuple[float, Te
         if p.numel() != 1 or not p.is_floating_point() or p.device != x.device:
             raise ValueError(f"p is {p.dtype} {list(p.shape)} on {p.device}; it must be one number on {x.device}")
         return 0.0, p
+    if not isinstance(p, int | float) and not hasattr(p, "__float__"):  # numpy's are numbers too
+        raise ValueError(f"p is {p!r}; it must be a number, or a tensor of one")
     if kind == "mixed" and not 0 <= p <= 1:
         raise ValueError(f"p is {p}; for mixed it must be in [0, 1]")
     if kind != "mixed" and not 0 < p < float("inf"):
@@ -243,7 +132,9 @@ def parameters(
     if p is None:
         p = {}
     elif not isinstance(p, Mapping):
-        if len(takers) != 1:
+        if not takers:
+            raise ValueError(f"p is {p!r}; none of the kinds {list(kinds)} has a parameter")
+        if len(takers) > 1:
             raise ValueError(
                 f"p is {p!r}; the kinds that take a parameter are {takers}, so it must be a mapping from their names"
             )
@@ -263,59 +154,6 @@ def parameters(
     )
 
 
-def fractional_size(
-    x: Tensor, kernel: tuple[int, int], output_size: IntPair | None, output_ratio: float | Sequence[float] | None
-) -> tuple[int, int]:
-    """(OH, OW) of fractional windows; raises ValueError naming the argument that is wrong."""
-    sides = (x.shape[2], x.shape[3])
-    if (output_size is None) == (output_ratio is None):
-        raise ValueError("output_size or output_ratio must be given, and only one of them")
-    if output_size is not None:
-        name, size = "output_size", pair(output_size, "output_size", 1)
-    else:
-        name, ratios = "output_ratio", _ratios(output_ratio)
-        if torch.compiler.is_exporting() and not all(_is_static(side) for side in sides):
-            # A graph would take the example's size, or a product rounded to float32, which can be one output more.
-            raise ValueError("output_ratio is of sizes that may differ, for which it does not export; use output_size")
-        size = (int(sides[0] * ratios[0]), int(sides[1] * ratios[1]))
-    for side, window, outputs in zip(sides, kernel, size, strict=True):
-        if not 1 <= outputs <= side - window + 1:
-            raise ValueError(
-                f"{name} asks for {size[0]} x {size[1]} outputs; windows of {kernel[0]} x {kernel[1]} have "
-                f"1 x 1 to {sides[0] - kernel[0] + 1} x {sides[1] - kernel[1] + 1} places on maps of "
-                f"{sides[0]} x {sides[1]}"
-            )
-        if side > 2**21:
-            raise ValueError(f"x has maps of {sides[0]} x {sides[1]}; each side may be at most {2**21}")
-    return size
-
-
-def _ratios(value: Any) -> tuple[float, float]:
-    ratios = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(ratios) != 2 or not all(0 < ratio < 1 for ratio in ratios):
-        raise ValueError(
-            f"output_ratio is {value!r}; it must be a number between 0 and 1 or two, (vertical, horizontal)"
-        )
-    return ratios
-
-
-def adaptive_size(x: Tensor, output_size: int | Sequence[int | None]) -> tuple[int, int]:
-    """(OH, OW), where None is x's own; raises ValueError for other things and for sizes below 1."""
-    values = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
-    if len(values) != 2 or not all(value is None or (_is_int(value) and value >= 1) for value in values):
-        raise ValueError(f"output_size is {output_size!r}; it must be an int or two, (OH, OW), each at least 1 or None")
-    rows, columns = (own if size is None else size for own, size in zip(x.shape[2:], values, strict=True))
-    return rows, columns
-
-
-def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
-    """The levels of a pyramid; raises ValueError unless they are at least one, each at least 1."""
-    sides = tuple(levels) if isinstance(levels, Sequence) else ()
-    if not sides or not all(_is_int(side) and side >= 1 for side in sides):
-        raise ValueError(f"levels is {levels!r}; it must be a sequence of ints, each at least 1")
-    return sides
-
-
 def check_bounds(bounds: Tensor, name: str, shape: tuple[int | None, ...], x: Tensor) -> None:
     """Raise ValueError unless bounds is int64 of that shape (None: any size but 0), on x's device."""
     check_tensors(**{name: bounds})
@@ -329,12 +167,6 @@ def check_bounds(bounds: Tensor, name: str, shape: tuple[int | None, ...], x: Te
         )
 
 
-def check_groups(x: Tensor, groups: int) -> None:
-    """Raise ValueError unless groups divides the channels of x."""
-    if not _is_int(groups) or groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"groups is {groups!r}; it must be a divisor of x's {x.shape[1]} channels")
-
-
 def check_indices(kind: str, return_indices: bool) -> None:
     """Raise ValueError where indices are asked of a kind that has none."""
     if return_indices and kind not in ("max", "min"):
@@ -343,5 +175,7 @@ def check_indices(kind: str, return_indices: bool) -> None:
 
 def seed_for(x: Tensor, generator: Any) -> Tensor:
     """A random seed, int64 [1] on x's device, from a torch.Generator or PyTorch's own state."""
-    options = {} if generator is None else {"generator": generator}  # without one, it exports
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator is of type {type(generator).__name__}; it must be a torch.Generator")
+    options: dict[str, Any] = {} if generator is None else {"generator": generator}  # without one, it exports
     return torch.randint(2**62, (1,), device=x.device, **options)

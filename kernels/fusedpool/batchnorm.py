@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedpool import arguments, batchnorm_launch, cells, operators, reference, runtime
-from fusedpool.arguments import IntPair, Window
+from fusedpool import arguments, batchnorm_launch, geometry, operators, reference, runtime, window_launch
 from fusedpool.batchnorm_launch import Statistics
+from fusedpool.geometry import IntPair, Window
 from fusedpool.kinds import KINDS
 from fusedpool.window import pool2d
 
@@ -29,7 +29,7 @@ def batch_norm_act_pool2d(
     kind: str = "max",
     activation: str | None = "relu",
     training: bool = True,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
@@ -48,7 +48,7 @@ def batch_norm_act_pool2d(
         weight, bias: [C], of any floating-point type; None: 1 and 0.
         running_mean, running_var: [C], updated in training as by torch.nn.functional.batch_norm, unless None; an empty
             batch leaves them as they are.
-        training, momentum, eps: as in torch.nn.functional.batch_norm.
+        training, momentum, eps: as in torch.nn.functional.batch_norm; momentum may be a tensor of one number.
 
     The other arguments, what is returned and what is raised are those of `pool2d`.
 
@@ -67,7 +67,7 @@ def batch_norm_act_pool2d(
         options: dict[str, Any] = {"kind": kind, "ceil_mode": ceil_mode, "count_include_pad": count_include_pad}
         options |= {"divisor_override": divisor_override, "p": p, "return_indices": return_indices}
         return pool2d(x, *places, **options, scale=scale, shift=shift, activation=name)
-    window = arguments.window(x, *places, ceil_mode, count_include_pad, divisor_override)
+    window = geometry.window(x, *places, ceil_mode, count_include_pad, divisor_override)
     number, param = arguments.parameter(kind, p, x)
     arguments.check_indices(kind, return_indices)
     seed = arguments.seed_for(x, generator) if kind == "stochastic" else None
@@ -94,9 +94,9 @@ def _affine(
 
 
 @torch.no_grad()
-def _track(running: Tensor | None, value: Tensor, momentum: float) -> None:
+def _track(running: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:
     if running is not None:
-        running.lerp_(value.to(running.dtype), momentum)
+        running.lerp_(value.to(running.dtype), momentum.to(running) if isinstance(momentum, Tensor) else momentum)
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -161,7 +161,7 @@ def _norm_window(
     inputs = (x, *Statistics(*statistics.unbind())[-2:], param, seed)
     if kernels:
         size = w.output_size(x.shape[2], x.shape[3])
-        outputs = cells.launch_forward(*inputs, (), w, size, kind, p, activation, save, indices)
+        outputs = window_launch.forward(*inputs, (), w, size, kind, p, activation, save, indices)
     else:
         places = reference.window_cells(w, x.shape[2], x.shape[3], x.device)
         outputs = operators.reference_forward(*inputs, places, kind, p, activation, save, indices)
@@ -203,7 +203,7 @@ def _norm_window_backward(
     tensors = (g, x, weight, bias, param, winner)
     if runtime.use_triton(g) and x.shape[0]:
         known = Statistics(*statistics.unbind())
-        return batchnorm_launch.launch_backward(*tensors, y, aux, known, Window.from_ints(window), kind, p, activation)
+        return batchnorm_launch.backward(*tensors, y, aux, known, Window.from_ints(window), kind, p, activation)
     outputs = operators.empty_gradients(g, weight, bias, param, x.shape, runtime.channels_last(x))
     if x.shape[0] == 0:
         return tuple(output.zero_() for output in outputs)  # type: ignore[return-value]

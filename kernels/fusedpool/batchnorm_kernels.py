@@ -185,7 +185,7 @@ def merge_sums(
     by_scale, by_shift, factor, scale, dweight, dbias, correction, LINES, COUNT, C, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACC: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sums [LINES, C] of du (x - mean) and of du -> dweight, dbias [C] and cells.Norm's offset and slope [2, C].
+    """Sums [LINES, C] of du (x - mean) and of du -> dweight, dbias [C] and (window_launch.Norm) offset, slope [2, C].
 
     dx = scale (du - sum(du) / count - xhat sum(du xhat) / count): Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.
     """

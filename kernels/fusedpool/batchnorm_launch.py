@@ -5,8 +5,8 @@ from typing import Any, Final, NamedTuple, Self
 
 from torch import Tensor
 
-from fusedpool import batchnorm_kernels, cells, operators, runtime
-from fusedpool.arguments import Window
+from fusedpool import batchnorm_kernels, operators, runtime, window_launch
+from fusedpool.geometry import Window
 from fusedpool.kinds import KINDS
 from fusedpool.operators import Outputs
 from fusedpool.runtime import pointer, present
@@ -143,7 +143,7 @@ def _winner_sums(
     return partials[0], partials[1]
 
 
-def launch_backward(
+def backward(
     g: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -163,14 +163,14 @@ def launch_backward(
     if operators.masked(kind, activation):
         activation = "none"  # its mask is in the winner
 
-    def gather(norm: cells.Norm) -> Outputs:
+    def gather(norm: window_launch.Norm) -> Outputs:
         saved = (g, x, y, winner, aux, known.scale, known.shift, param)
-        return cells.launch_backward(*saved, (), window, window.overlap, x.shape, last, kind, p, activation, norm)
+        return window_launch.backward(*saved, (), window, window.overlap, x.shape, last, kind, p, activation, norm)
 
     if KINDS[kind].winner and not KINDS[kind].aux:
         by_scale, by_shift = _winner_sums(g, x, winner, known, window, activation)
     else:
-        _, by_scale, by_shift, _ = gather(cells.Norm(known.mean))
+        _, by_scale, by_shift, _ = gather(window_launch.Norm(known.mean))
     dweight, dbias = (g.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias))
     correction = known.mean.new_empty((2, x.shape[1]))
     _merge(
@@ -181,5 +181,5 @@ def launch_backward(
         **present(weight=weight, bias=bias),
         ACC=runtime.triton_type(known.mean.dtype),
     )
-    dx, _, _, dparam = gather(cells.Norm(known.mean, *correction))
+    dx, _, _, dparam = gather(window_launch.Norm(known.mean, *correction))
     return dx, dweight, dbias, dparam

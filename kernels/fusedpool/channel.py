@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedpool import arguments, operators, runtime
-from fusedpool import groups as kernels
+from fusedpool import arguments, channel_launch, geometry, operators, runtime
 
 
 def channel_pool(
@@ -43,7 +42,7 @@ def channel_pool(
         raise ValueError(f"x has shape {list(x.shape)}; it must be [N, C], [N, C, L] or [N, C, H, W]")
     maps = {2: x[..., None, None], 3: x[:, :, None]}.get(x.dim(), x)
     arguments.check_map(maps)
-    arguments.check_groups(maps, groups)
+    geometry.check_groups(maps, groups)
     kind = arguments.kind_in(kind, training)
     name = arguments.check_prologue(x, scale, shift, activation, 1)
     number, param = arguments.parameter(kind, p, x)
@@ -109,7 +108,7 @@ def _channel(
     indices: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if runtime.use_triton(x):
-        return kernels.launch_forward(x, scale, shift, param, seed, groups, kind, p, activation, save, indices)
+        return channel_launch.forward(x, scale, shift, param, seed, groups, kind, p, activation, save, indices)
     members = _members(x.shape, x.device, groups)
     return operators.reference_forward(x, scale, shift, param, seed, members, kind, p, activation, save, indices)
 
@@ -137,7 +136,7 @@ def _channel_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if runtime.use_triton(g):
-        return kernels.launch_backward(g, x, y, winner, aux, scale, shift, param, shape, last, kind, p, activation)
+        return channel_launch.backward(g, x, y, winner, aux, scale, shift, param, shape, last, kind, p, activation)
     members = _members(shape, g.device, groups)
     return operators.reference_backward(g, x, winner, scale, shift, param, shape, last, members, kind, p, activation)
 

@@ -139,7 +139,7 @@ def _conv(
     if x.shape[0] == 0:
         return outputs
     if runtime.use_triton(x):
-        conv_launch.launch_forward(x, weight, bias, param, kind, p, activation, *outputs)
+        conv_launch.forward(x, weight, bias, param, kind, p, activation, *outputs)
         return outputs
     acc = runtime.accumulator(x)
     with torch.autocast(x.device.type, enabled=False):
@@ -188,17 +188,16 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = runtime.accumulator(x)
     outputs = _gradients(x, weight, bias, param, kind, wanted)
-    results: tuple[Tensor | None, ...]
     if x.shape[0] == 0:
-        results = tuple(torch.zeros_like(output) for output in outputs)
+        operators.fill(outputs, [torch.zeros_like(output) for output in outputs])
     elif runtime.use_triton(x):
-        results = conv_launch.launch_backward(g, x, weight, bias, param, winner, saved, kind, p, activation, wanted)
-        results += ((g.to(acc) * saved[1]).sum() if outputs[3].numel() else None,)
+        conv_launch.backward(g, x, weight, bias, param, winner, saved, kind, p, activation, outputs[:3])
+        if outputs[3].numel():
+            outputs[3].fill_((g.to(acc) * saved[1]).sum())
     else:
         with torch.autocast(x.device.type, enabled=False):
             upcast = [None if t is None else t.to(acc) for t in (g, x, weight, bias, param)]
-            results = _reference_backward(upcast, winner, kind, p, activation)
-    operators.fill(outputs, results)
+            operators.fill(outputs, _reference_backward(upcast, winner, kind, p, activation))
     return outputs
 
 

@@ -108,7 +108,7 @@ def _map(x: Tensor, weight: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
     return places, constants
 
 
-def launch_forward(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -162,7 +162,7 @@ def launch_forward(
     )
 
 
-def launch_backward(
+def backward(
     g: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -173,15 +173,12 @@ def launch_backward(
     kind: str,
     p: float,
     activation: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients by x, dense and laid out like it, and, in the accumulator's dtype, by weight and by a bias.
-
-    Args:
-        wanted: whether the first is, and whether the others are.
-    """
-    (n, inputs), outputs = x.shape[:2], weight.shape[0]
-    tiling = _Tiling.backward(x, outputs)
+    outputs: Sequence[Tensor],
+) -> None:
+    """Fill dx, dweight and dbias; those that are empty are not wanted, and a dbias without a bias is not either."""
+    dx, dweight, dbias = outputs
+    (n, inputs), channels = x.shape[:2], weight.shape[0]
+    tiling = _Tiling.backward(x, channels)
     if operators.masked(kind, activation):
         activation = "none"  # its mask is in the winner
     places, constants = _map(x, weight)
@@ -203,18 +200,15 @@ def launch_backward(
         "num_warps": _warps(x),
         "num_stages": 2,
     }
-    ins, outs = runtime.cdiv(inputs, tiling.block_inputs), runtime.cdiv(outputs, tiling.block_outputs)
-    dx = by_weight = by_bias = None
-    if wanted[0]:
-        dx = runtime.empty_map(x, x.shape[1:])
+    ins, outs = runtime.cdiv(inputs, tiling.block_inputs), runtime.cdiv(channels, tiling.block_outputs)
+    if dx.numel():
         runtime.launch(conv_kernels.backward_input, n * tiling.tiles * ins, *tensors, dx, **shared)
-    if wanted[1]:
+    if dweight.numel():
         # About 256 programs: enough to fill an accelerator, few enough for partial sums smaller than x.
         splits = min(runtime.cdiv(256, ins * outs), runtime.cdiv(n * tiling.tiles, 8))
         per = runtime.cdiv(n * tiling.tiles, splits)
         splits = runtime.cdiv(n * tiling.tiles, per)
-        weights = g.new_empty((splits, outputs, inputs), dtype=runtime.accumulator(x))
-        biases = weights.new_empty((splits, outputs))
+        weights = g.new_empty((splits, channels, inputs), dtype=runtime.accumulator(x))
+        biases = weights.new_empty((splits, channels))
         runtime.launch(conv_kernels.backward_weight, splits * ins * outs, *tensors, weights, biases, PER=per, **shared)
-        by_weight, by_bias = weights.sum(0), biases.sum(0)
-    return dx, by_weight, by_bias
+        operators.fill((dweight, dbias), (weights.sum(0), biases.sum(0)))

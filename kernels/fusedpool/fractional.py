@@ -6,8 +6,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fusedpool import arguments, cells, operators, runtime
-from fusedpool.arguments import IntPair, Window
+from fusedpool import arguments, geometry, operators, runtime, window_launch
+from fusedpool.geometry import IntPair, Window
 from fusedpool.reference import Cells
 
 _BITS: Final = 20  # of each uniform sample; a side squared times 2^20 must fit into int64
@@ -47,8 +47,8 @@ def fractional_pool2d(
     """
     arguments.check_map(x)
     kind = arguments.kind_in(kind, training)
-    kernel = arguments.pair(kernel_size, "kernel_size", 1)
-    size = arguments.fractional_size(x, kernel, output_size, output_ratio)
+    kernel = geometry.pair(kernel_size, "kernel_size", 1)
+    size = geometry.fractional_size(x, kernel, output_size, output_ratio)
     name = arguments.check_prologue(x, scale, shift, activation, 1)
     number, param = arguments.parameter(kind, p, x)
     arguments.check_indices(kind, return_indices)
@@ -118,7 +118,7 @@ def _fractional(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if runtime.use_triton(x):
         size = (top.shape[0], left.shape[0])
-        return cells.launch_forward(
+        return window_launch.forward(
             x, scale, shift, param, seed, (top, left), _window(kernel), size, kind, p, activation, save, indices
         )
     places = _places(x.shape, x.device, top, left, kernel)
@@ -156,7 +156,7 @@ def _fractional_backward(
     covering = (_covering(*each) for each in zip((top, left), shape[2:], kernel, strict=True))
     (first_h, most_h), (first_w, most_w) = covering
     tables, overlap = (top, left, first_h, first_w), (most_h, most_w)
-    return cells.launch_backward(
+    return window_launch.backward(
         g, x, y, winner, aux, scale, shift, param, tables, _window(kernel), overlap, shape, last, kind, p, activation
     )
 

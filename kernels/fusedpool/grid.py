@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedpool import arguments, regions
+from fusedpool import arguments, geometry, regions
 
 
 def adaptive_pool2d(
@@ -42,7 +42,7 @@ def adaptive_pool2d(
     arguments.check_map(x)
     arguments.check_kind(kind)
     arguments.check_indices(kind, return_indices)
-    size = arguments.adaptive_size(x, output_size)
+    size = geometry.adaptive_size(x, output_size)
     y, index = regions.pool(
         x, (kind,), "grid", levels=(size,), scale=scale, shift=shift, activation=activation, p=p,
         generator=generator, training=training, indices=return_indices,
@@ -80,7 +80,7 @@ def pyramid_pool2d(
     """
     arguments.check_map(x)
     arguments.check_kind(kind)
-    sides = arguments.check_levels(levels)
+    sides = geometry.check_levels(levels)
     y, _ = regions.pool(
         x, (kind,), "grid", levels=tuple((side, side) for side in sides), scale=scale, shift=shift,
         activation=activation, p=p, generator=generator, training=training,

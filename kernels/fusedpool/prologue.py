@@ -75,6 +75,19 @@ def apply(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str
     return _FUNCTIONS[activation](x)
 
 
+def gradients(
+    dv: Tensor, u: Tensor | None, x: Tensor | None, scale: Tensor | None, shift: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Those by x, scale and shift of maps [N, C, H, W], from that by v = activation(u), u = scale * x + shift.
+
+    u is None where nothing depends on it: the activation is "none", or its mask is in dv.
+    """
+    du = dv if u is None else dv * derivative(u, activation)
+    dx = du if scale is None else du * scale.view(1, -1, 1, 1)
+    dscale = None if scale is None or x is None else (du * x).sum((0, 2, 3))
+    return dx, dscale, None if shift is None else du.sum((0, 2, 3))
+
+
 def derivative(u: Tensor, activation: str) -> Tensor:
     """d activation(u) / du in plain PyTorch, itself differentiable."""
     match activation:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedpool import prologue
-from fusedpool.arguments import Window
+from fusedpool.geometry import Window
 from fusedpool.kinds import KINDS
 from fusedpool.taps import Pooled, exponentials, grad_taps, pool_taps
 
@@ -198,14 +198,10 @@ def backward(
         v = None if u is None else cells.gather(prologue.apply(u, None, None, activation))
         pooled = None if v is None else pool_taps(kind, v, valid, cells.divisor, q, None, winner)
         dv = cells.scatter(grad_taps(kind, g, v, pooled, winner, valid, cells.divisor, q))
-    du = dv if u is None else dv * prologue.derivative(u, activation)
-    dx = du if scale is None else du * scale.view(1, -1, 1, 1)
-    dscale = None if scale is None or x is None else (du * x).sum((0, 2, 3))
-    dshift = None if shift is None else du.sum((0, 2, 3))
     dparam = None
     if param is not None and KINDS[kind].learnable and pooled is not None and pooled.aux is not None:
         dparam = (g * pooled.aux).sum().view(param.shape)
-    return dx, dscale, dshift, dparam
+    return *prologue.gradients(dv, u, x, scale, shift, activation), dparam
 
 
 def _native_forward(kind: str, v: Tensor, cells: Domain) -> Pooled | None:

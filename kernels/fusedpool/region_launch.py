@@ -153,7 +153,7 @@ def _wide(*tensors: Tensor | None, pixels: int = 0, cells: int = 1) -> bool:
     return runtime.wide(*tensors) or max(numbers) >= 2**31 - 2**16
 
 
-def launch_forward(
+def forward(
     x: Tensor,
     bounds: Tensor | None,
     scale: Tensor | None,
@@ -225,7 +225,7 @@ def launch_forward(
         )
 
 
-def launch_backward(
+def backward(
     g: Tensor,
     x: Tensor | None,
     y: Tensor | None,
@@ -247,7 +247,8 @@ def launch_backward(
     dx, dscale, dshift, dparam = outputs
     acc = runtime.accumulator(g)
     (_, samples, channels, cells), (images, _, height, width) = g.shape, dx.shape
-    y, winner, aux = None if y is None else _dense(y, last), _dense(winner, last), _dense(aux, last)
+    winner, aux = (runtime.dense(t, last, 2) for t in (winner, aux))
+    y = None if y is None else runtime.dense(y, last, 2)
     if param is not None:
         for k, kind in enumerate(kinds):
             dparam[k] = (g[k].to(acc) * aux[k]).sum() if KINDS[kind].learnable else 0
@@ -287,8 +288,3 @@ def launch_backward(
     )
     if affine:
         operators.fill((dscale, dshift), sums.sum(1).unbind())
-
-
-def _dense(saved: Tensor, last: bool) -> Tensor:
-    """A saved [kinds, N, C, cells] as it was, should a hook have laid it out otherwise."""
-    return saved.transpose(2, 3).contiguous().transpose(2, 3) if last and saved.dim() == 4 else saved.contiguous()

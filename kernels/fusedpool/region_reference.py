@@ -277,8 +277,5 @@ def backward(
         assert total is not None
         parts.append(part.scatter(total))
     dv = regions.join(parts, g)
-    du = dv if u is None else dv * prologue.derivative(u, activation)
-    dx = du if scale is None else du * scale.view(1, -1, 1, 1)
-    dscale = None if scale is None or x is None else (du * x).sum((0, 2, 3))
-    dshift = None if shift is None else du.sum((0, 2, 3))
-    return dx, dscale, dshift, None if param is None else torch.stack(by_param)
+    dparam = None if param is None else torch.stack(by_param)
+    return *prologue.gradients(dv, u, x, scale, shift, activation), dparam

@@ -118,7 +118,7 @@ def _regions(
     outputs = _empty_outputs(x, bounds, mode, levels, kinds, save, indices, far)
     names = kinds.split(",")
     if runtime.use_triton(x):
-        region_launch.launch_forward(
+        region_launch.forward(
             x, bounds, scale, shift, param, seed, cast(Mode, mode), _levels(levels), names, ps, activation, outputs
         )
     else:
@@ -155,7 +155,7 @@ def _regions_backward(
     outputs = operators.empty_gradients(g, scale, shift, param, shape, last)
     names = kinds.split(",")
     if runtime.use_triton(g):
-        region_launch.launch_backward(
+        region_launch.backward(
             *(g, x, y, winner, aux, bounds, scale, shift, param, cast(Mode, mode), _levels(levels), last, names, ps),
             *(activation, outputs),
         )

@@ -54,11 +54,14 @@ def empty_map(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = No
     )
 
 
-def dense(x: Tensor, last: bool) -> Tensor:
-    """x, or a dense copy where something (a hook on saved tensors, say) has laid it out otherwise."""
-    if x.dim() != 4:
+def dense(x: Tensor, last: bool, channel: int = 1) -> Tensor:
+    """x dense, its channels innermost if `last`: a copy where, say, a hook on saved tensors has laid it out otherwise.
+
+    What is not 4-dimensional is empty, for nothing was saved.
+    """
+    if not last or x.dim() != 4:
         return x.contiguous()
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return x.movedim(channel, -1).contiguous().movedim(-1, channel)
 
 
 def alignment(strides: tuple[int, ...]) -> int:

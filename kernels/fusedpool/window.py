@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedpool import arguments, cells, operators, runtime
-from fusedpool.arguments import IntPair, Window
+from fusedpool import arguments, geometry, operators, runtime, window_launch
+from fusedpool.geometry import IntPair, Window
 from fusedpool.reference import Cells, window_cells
 
 
@@ -53,7 +53,7 @@ def pool2d(
     """
     arguments.check_map(x)
     kind = arguments.kind_in(kind, training)
-    window = arguments.window(x, kernel_size, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override)
+    window = geometry.window(x, kernel_size, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override)
     name = arguments.check_prologue(x, scale, shift, activation, 1)
     number, param = arguments.parameter(kind, p, x)
     arguments.check_indices(kind, return_indices)
@@ -80,7 +80,7 @@ def _window(
     if runtime.use_triton(x):
         w = Window.from_ints(window)
         size = w.output_size(x.shape[2], x.shape[3])
-        return cells.launch_forward(x, scale, shift, param, seed, (), w, size, kind, p, activation, save, indices)
+        return window_launch.forward(x, scale, shift, param, seed, (), w, size, kind, p, activation, save, indices)
     places = _places(x.shape, x.device, window)
     return operators.reference_forward(x, scale, shift, param, seed, places, kind, p, activation, save, indices)
 
@@ -111,7 +111,7 @@ def _window_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if runtime.use_triton(g):
         w = Window.from_ints(window)
-        return cells.launch_backward(
+        return window_launch.backward(
             g, x, y, winner, aux, scale, shift, param, (), w, w.overlap, shape, last, kind, p, activation
         )
     places = _places(shape, g.device, window)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fusedpool import arguments, pool2d, runtime
-from fusedpool.arguments import Window
+from fusedpool import geometry, pool2d, runtime
+from fusedpool.geometry import Window
 
 X = torch.zeros(1, 2, 5, 4)
 C = torch.ones(2)
@@ -38,6 +38,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "scale_type": ({"kernel_size": 2, "scale": C.long()}, r"scale is torch\.int64 on cpu; it must be floating-point"),
     "scale_device": ({"kernel_size": 2, "scale": C.to("meta")}, r"scale is torch\.float32 on meta"),
     "p_of_none": ({"kernel_size": 2, "p": 2.0}, r"p is 2\.0; the kind 'max' has no parameter"),
+    "p_text": ({"kernel_size": 2, "kind": "gem", "p": "3"}, r"p is '3'; it must be a number, or a tensor of one"),
+    "ceil_mode": ({"kernel_size": 2, "ceil_mode": "yes"}, r"ceil_mode is 'yes'; it must be True or False"),
+    "generator": ({"kernel_size": 2, "kind": "stochastic", "generator": 3}, r"generator is of type int"),
     "p_zero": ({"kernel_size": 2, "kind": "lp", "p": 0}, r"p is 0; for lp it must be positive and finite"),
     "p_infinite": ({"kernel_size": 2, "kind": "gem", "p": float("inf")}, r"p is inf; for gem it must be positive"),
     "p_nan": ({"kernel_size": 2, "kind": "lse", "p": float("nan")}, r"p is nan; for lse it must be positive"),
@@ -97,7 +100,7 @@ def test_sizes_and_refusals_are_pytorchs(
     except RuntimeError:
         expected = None
     try:
-        window = arguments.window(x, kernel, stride, padding, dilation, ceil_mode, True, None)
+        window = geometry.window(x, kernel, stride, padding, dilation, ceil_mode, True, None)
     except ValueError:
         assert expected is None
     else:

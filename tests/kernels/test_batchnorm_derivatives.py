@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedpool import batch_norm_act_pool2d, cells, runtime
+from fusedpool import batch_norm_act_pool2d, runtime, window_launch
 from tests.kernels import formulas
 from tests.kernels.batchnorm_cases import affine, compare, fused, one_by_one, placed, step
 from tests.kernels.window_cases import MEANINGFUL, random_map
@@ -52,13 +52,13 @@ def test_the_control_finds_a_gradient_without_its_corrections(
 ) -> None:
     x, g, parameters = random_map(2, 3, 6, 6), random_map(2, 3, 3, 3, seed=1), affine(3)
     expected = step(one_by_one(lambda v, _: F.max_pool2d(v, 2)), x, g, parameters)
-    right = cells.Norm
+    right = window_launch.Norm
 
     def wrong(*tensors: Tensor) -> Any:
         norm = right(*tensors)
         return norm if norm.slope is None else norm._replace(**{lost: torch.zeros_like(norm.slope)})
 
-    monkeypatch.setattr(cells, "Norm", wrong)
+    monkeypatch.setattr(window_launch, "Norm", wrong)
     on_device = placed(parameters, kernel_device, torch.float64)
     found = step(fused(kernel_size=2), x.to(kernel_device), g.to(kernel_device), on_device)
     with pytest.raises(AssertionError, match="x: "):

@@ -75,25 +75,6 @@ def test_wide_offsets_and_repetition_give_the_same_bits(
         assert all(torch.equal(results[0][name], t) for name, t in other.items())
 
 
-def test_offsets_beyond_two_to_the_31(kernel_device: torch.device) -> None:
-    far = 2**31 + 2**20
-    try:
-        storage = torch.empty(far + 64, dtype=torch.float16, device=kernel_device)  # pages appear when they are touched
-    except RuntimeError:
-        pytest.skip("no address space for 4 GiB")
-    dense = random_map(2, 4, 2, 2, dtype=torch.float16).to(kernel_device)
-    g = random_map(2, 4, 1, 1, seed=1, dtype=torch.float16).to(kernel_device)
-    for strides in ((far, 4, 2, 1), (far, 1, 8, 4)):
-        x = storage.as_strided(dense.shape, strides)
-        x.copy_(dense)
-        parameters, pool = placed(affine(4), kernel_device, torch.float32), fused(kernel_size=2)
-        compare(
-            step(pool, x, g, parameters),
-            {k: t.double() for k, t in step(pool, dense, g, parameters).items()},
-            atol=1e-3,
-        )
-
-
 def test_backward_keeps_only_what_it_needs(device: torch.device) -> None:
     kept: list[Tensor] = []
 
@@ -107,3 +88,23 @@ def test_backward_keeps_only_what_it_needs(device: torch.device) -> None:
     held = {(t.dtype, tuple(t.shape)) for t in kept if t.numel()}
     sums = (torch.float32, (len(Statistics._fields), 3))
     assert held == {(torch.float16, (2, 3, 8, 8)), (torch.float32, (3,)), (torch.uint8, (2, 3, 4, 4)), sums}
+
+
+def test_sums_for_weight_and_bias_read_winners_alone(kernel_device: torch.device) -> None:
+    """What has not won is NaN by the time of backward; the gradient by x, which needs all, shows that it would tell."""
+    x = random_map(2, 3, 6, 6, dtype=torch.float32).to(kernel_device)
+    window, constants = [2, 2, 2, 2, 0, 0, 1, 1, 0, 1, 0], (0.0, "silu", 1e-5)
+    weight, bias = (torch.linspace(a, 2, 3, device=kernel_device) for a in (-1.5, 0.5))
+    operators = torch.ops.fusedpool
+    y, winner, aux, index, statistics = operators.norm_window(
+        x, weight, bias, None, None, window, "max", *constants, True, True
+    )
+    won = torch.zeros_like(x, dtype=torch.bool).flatten(2).scatter(2, index.flatten(2), True).view(x.shape)
+    results = [
+        operators.norm_window_backward(
+            torch.ones_like(y), given, weight, bias, None, winner, None, aux, statistics, window, "max", *constants
+        )
+        for given in (x, x.masked_fill(~won, float("nan")))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:3], results[1][1:3], strict=True))
+    assert results[1][0][~won].isnan().all()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import measure
-from benchmarks.kernels.__main__ import main
-from benchmarks.kernels.measure import Case
+from benchmarks.kernels.__main__ import _arguments, _cases, main
+from benchmarks.kernels.measure import IMPLEMENTATIONS, Case
 from benchmarks.kernels.workloads import WORKLOADS, Workload
 
 TINY = ["--device", "cpu", "--tiny", "--dtypes", "float16", "--implementations", "fused,eager"]
@@ -60,6 +60,24 @@ def test_rows_are_kept_and_not_measured_again(tmp_path: Path, capsys: pytest.Cap
     assert "0 measured" in capsys.readouterr().out
     assert main([*words, "--fresh"]) == 0
     assert "4 measured" in capsys.readouterr().out
+
+
+def test_a_run_out_of_time_goes_on_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "k.csv"
+    words = [*TINY, "--only", "maxout", "--out", str(out)]
+    assert main([*words, "--minutes", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "0 measured" in said and "4 are left" in said
+    assert main([*words, "--minutes", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "4 measured" in said and "left" not in said
+
+
+def test_what_matters_most_is_measured_first() -> None:
+    order, first = _cases(_arguments([])), _cases(_arguments(["--quick"]))
+    rest = [name for _, name in order[len(first) :]]
+    assert order[: len(first)] == first
+    assert rest == sorted(rest, key=IMPLEMENTATIONS.index)
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusedpool import channel_pool, groups, runtime
+from fusedpool import channel_launch, channel_pool, runtime
 from tests.kernels import formulas
 from tests.kernels.window_cases import LAYOUTS, MEANINGFUL, Keep, laid_out, random_map, tensors_for
 
@@ -24,7 +24,7 @@ def _small_tiles() -> Iterator[None]:
     """The interpreter reduces along an axis element by element."""
     with pytest.MonkeyPatch.context() as patch:
         if runtime.INTERPRETED:
-            patch.setattr(groups, "_ELEMENTS", 64)
+            patch.setattr(channel_launch, "_ELEMENTS", 64)
         yield
 
 
@@ -188,7 +188,7 @@ def test_wide_offsets_and_larger_tiles_give_the_same(
     first = results()
     monkeypatch.setattr(runtime, "wide", lambda *tensors: True)
     assert all(torch.equal(a, b) for a, b in zip(results(), first, strict=True))
-    monkeypatch.setattr(groups, "_ELEMENTS", 1024)
+    monkeypatch.setattr(channel_launch, "_ELEMENTS", 1024)
     for found, wanted in zip(results(), first, strict=True):
         torch.testing.assert_close(found, wanted)
 

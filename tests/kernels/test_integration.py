@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fusedpool import pool2d
-from fusedpool.arguments import Window
+from fusedpool.geometry import Window
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 

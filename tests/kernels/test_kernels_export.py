@@ -21,7 +21,7 @@ from fusedpool import (
     pyramid_pool2d,
     ragged_pool,
 )
-from fusedpool.conv import conv1x1_global_pool2d
+from fusedpool.conv import CONV_KINDS, conv1x1_global_pool2d
 from fusedpool.export import export_onnx, onnx_translations
 from fusedpool.kinds import KINDS
 
@@ -127,31 +127,49 @@ def test_indices(tmp_path: Path) -> None:
         compare(session, module, (maps(*size).round(),))  # with ties
 
 
-def test_regions_of_every_kind(tmp_path: Path) -> None:
-    def pooled(x: Tensor, scale: Tensor) -> list[Tensor]:
-        results = list(global_pool2d(x, USER_KINDS, scale=scale, activation="relu", training=False))
-        results += [adaptive_pool2d(x, (3, 5), kind) for kind in ("max", "avg", "gem", "lse", "softpool", "std")]
-        results += [pyramid_pool2d(x, (1, 2), kind, training=False) for kind in ("stochastic", "mixed")]
-        return results
+DOMAINS: dict[str, Callable[..., Tensor]] = {
+    "whole": lambda x, scale, weight, kind: global_pool2d(x, (kind,), scale=scale, activation="relu", training=False)[
+        0
+    ],
+    "grid": lambda x, scale, weight, kind: adaptive_pool2d(x, (3, 5), kind, scale=scale, training=False),
+    "pyramid": lambda x, scale, weight, kind: pyramid_pool2d(x, (1, 2), kind, scale=scale, training=False),
+    "channels": lambda x, scale, weight, kind: channel_pool(x, 2, kind, scale=scale, activation="gelu", training=False),
+    "fractional": lambda x, scale, weight, kind: fractional_pool2d(x, 2, (3, 2), None, kind, training=False),
+    "batch norm": lambda x, scale, weight, kind: batch_norm_act_pool2d(
+        x, None, scale, scale, scale * scale, 3, 2, 1, kind=kind, training=False
+    ),
+    "convolution": lambda x, scale, weight, kind: conv1x1_global_pool2d(x, weight, scale, "silu", kind),
+}
+"""Besides windows and images of different sizes: maps, a vector of their channels and a matrix -> one tensor."""
 
-    module = Function(pooled, scale=maps(4, seed=1))
-    session = exported(module, (maps(2, 4, 9, 8),), (ANY_MAPS,), tmp_path)
-    for size in (*SIZES, (1, 4, 1, 2)):  # none is a multiple of (3, 5)
-        compare(session, module, (maps(*size),))
-    compare(session, module, (maps(1, 4, 6, 6, scale=1000.0),))
 
+def check(domain: str, kinds: Sequence[str], tmp_path: Path) -> None:
+    """The kinds at sizes of which none is a multiple of a grid's."""
 
-def test_channels_convolutions_and_fractional_windows(tmp_path: Path) -> None:
-    def pooled(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
-        results = [channel_pool(x, 2, kind, training=False) for kind in USER_KINDS]
-        results += [conv1x1_global_pool2d(x, weight, bias, "silu", kind) for kind in ("avg", "max", "lse", "std")]
-        results += [fractional_pool2d(x, 2, (3, 2), None, kind, training=False) for kind in ("max", "avg", "std")]
-        return results
+    def pooled(x: Tensor, scale: Tensor, weight: Tensor) -> list[Tensor]:
+        return [DOMAINS[domain](x, scale, weight, kind) for kind in kinds]
 
-    module = Function(pooled, weight=maps(6, 4, seed=1), bias=maps(6, seed=2))
+    module = Function(pooled, scale=maps(4, seed=1) + 0.2, weight=maps(4, 4, seed=2))
     session = exported(module, (maps(2, 4, 9, 8),), (ANY_MAPS,), tmp_path)
     for size in SIZES:
         compare(session, module, (maps(*size),))
+    if domain in ("whole", "grid"):
+        compare(session, module, (maps(1, 4, 1, 2),))
+        compare(session, module, (maps(1, 4, 6, 6, scale=1000.0),))
+
+
+LARGE = ("pyramid", "fractional")
+"""Domains whose graphs are large: all kinds of them take long."""
+
+
+@pytest.mark.parametrize("domain", [pytest.param(d, marks=[pytest.mark.slow] if d in LARGE else []) for d in DOMAINS])
+def test_every_domain_of_every_kind(domain: str, tmp_path: Path) -> None:
+    check(domain, CONV_KINDS if domain == "convolution" else USER_KINDS, tmp_path)
+
+
+@pytest.mark.parametrize("domain", LARGE)
+def test_large_graphs_of_some_kinds(domain: str, tmp_path: Path) -> None:
+    check(domain, ("max", "stochastic", "std"), tmp_path)
 
 
 def test_a_ratio_exports_for_its_own_size_alone(tmp_path: Path) -> None:

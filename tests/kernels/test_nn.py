@@ -109,6 +109,8 @@ def test_a_learnt_p_stays_in_range_and_can_return() -> None:
 
 
 def test_several_kinds_learn_several_p() -> None:
+    fixed: Any = torch.tensor(2.0)
+    same(Pool2d(3, kind="lse", p=fixed)(X), pool2d(X, 3, kind="lse", p=2.0))
     pool = GlobalPool2d(("gem", "lp", "mixed"), p={"lp": 4.0, "gem": 2.0}, learn_p=True)
     assert {name: value.item() for name, value in pool.named_parameters()} == {"p.gem": 2.0, "p.mixed": 0.5}
     expected = global_pool2d(X, ("gem", "lp", "mixed"), p={"lp": 4.0, "gem": 2.0, "mixed": 0.5})
@@ -175,6 +177,8 @@ def test_a_bad_argument_is_named() -> None:
         GlobalPool2d("avg")
     with pytest.raises(ValueError, match=r"p is 0.5; the kinds that take a parameter are \['mixed', 'gem'\]"):
         GlobalPool2d(("mixed", "gem"), p=0.5, learn_p=True)
+    with pytest.raises(ValueError, match=r"p is 3.0; none of the kinds \['avg'\] has a parameter"):
+        GlobalPool2d(("avg",), p=3.0)
     with pytest.raises(ValueError, match="levels is 3; it must be a sequence"):
         PyramidPool2d(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="p is 2"):

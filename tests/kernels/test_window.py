@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedpool import cells, pool2d, runtime
+from fusedpool import pool2d, runtime, window_launch
 from tests.kernels import formulas
 from tests.kernels.window_cases import (
     CASES,
@@ -302,6 +302,6 @@ def test_the_control_finds_a_kernel_that_reads_a_row_too_far(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = random_map(1, 1, 5, 5).to(kernel_device)
-    right = cells._constants
-    monkeypatch.setattr(cells, "_constants", lambda window: {**right(window), "PH": 0})
+    right = window_launch._constants
+    monkeypatch.setattr(window_launch, "_constants", lambda window: {**right(window), "PH": 0})
     assert not torch.equal(pool2d(x, 3, 2, 1).cpu(), F.max_pool2d(x.cpu(), 3, 2, 1))

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import opset18
 
-from fusedpool.arguments import Window
+from fusedpool.geometry import Window
 
 op: Final[Any] = opset18  # its annotations are those of eager evaluation
 

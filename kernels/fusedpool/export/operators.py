@@ -17,10 +17,10 @@ import fusedpool.conv
 import fusedpool.fractional
 import fusedpool.regions
 import fusedpool.window  # noqa: F401 they register the operators
-from fusedpool.arguments import Window
 from fusedpool.export import cells
 from fusedpool.export.cells import Sliding, Taps, Value, ints, number, op
 from fusedpool.export.formulas import AROUND_A_VALUE, mapped, pooled
+from fusedpool.geometry import Window
 
 Translated: TypeAlias = tuple[Value, Value | None]
 
