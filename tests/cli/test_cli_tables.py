@@ -331,7 +331,10 @@ def test_a_folder_that_can_t_be_read_is_named(output: Path, tmp_path: Path, tiny
         os.close(above)
         above = below
     os.close(above)
-    done = embed(folder, output, "--model", tiny_model, code=1)
+    try:
+        done = embed(folder, output, "--model", tiny_model, code=1)
+    finally:
+        shutil.rmtree(folder)  # pytest can't
     assert done.stderr.count("d: cannot read the folder: File name too long\n") == 1
     assert "folders that could not be read, so that nothing new in them is in the table: 1\n" in done.stderr
     assert [row["path"] for row in rows(output)] == ["z.png"]
