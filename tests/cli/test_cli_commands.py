@@ -59,7 +59,7 @@ def test_a_client_needs_no_engine_and_an_engine_no_transport() -> None:
     asked = modules_after("from fullframe import Client")
     assert "grpc" in asked
     assert not asked & {"onnxruntime", "torch", "pyvips", "onnx"}
-    loaded = modules_after("from fullframe import load")
+    loaded = modules_after("from fullframe import load; load(engine='onnx').close()")
     assert "onnxruntime" in loaded
     assert not loaded & {"grpc", "torch", "onnx"}
 

@@ -278,8 +278,11 @@ def test_other_options_are_refused_until_told_to_begin_anew(
             assert np.float32(row["feature"]).tobytes() == feature.tobytes()
 
 
-def test_interrupted_it_says_how_to_go_on(photos: Path, output: Path, tiny_model: Path, expected: Path) -> None:
-    process = begin(photos, output, "--model", tiny_model)
+@pytest.mark.parametrize(("options", "command"), [([], "command"), (["--restart"], "command without --restart")])
+def test_interrupted_it_says_how_to_go_on(
+    photos: Path, output: Path, tiny_model: Path, expected: Path, options: list[str], command: str
+) -> None:
+    process = begin(photos, output, "--model", tiny_model, *options)
     wait_for_parts(process, output, 5)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
@@ -287,7 +290,7 @@ def test_interrupted_it_says_how_to_go_on(photos: Path, output: Path, tiny_model
     stored = part_rows(output)
     assert stderr == (
         f"fullframe: stopped; {len(stored)} of {COUNT} images are stored in {parts_folder(output)}: "
-        "the same command goes on\n"
+        f"the same {command} goes on\n"
     )
     embed(photos, output, "--model", tiny_model)
     assert output.read_bytes() == expected.read_bytes()
@@ -363,6 +366,26 @@ def test_from_a_server_that_dies_and_another(
     check_equal(pq.read_table(output), pq.read_table(expected))
 
 
+def test_a_server_that_comes_back_with_another_model_is_not_asked(
+    photos: Path, output: Path, tiny_model: Path, expected: Path, tmp_path: Path
+) -> None:
+    first = start(models=f"tiny={tiny_model}")
+    try:
+        process = begin(photos, output, "--server", first.target)
+        wait_for_parts(process, output, 10)
+    finally:
+        first.process.kill()
+        first.process.wait()
+    other = write_model(tmp_path / "other.onnx", name="tiny", seed=9)
+    with serving(models=f"tiny={other}", port=first.target.rpartition(":")[2]):
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "model 'tiny' version 1 is of another file here" in stderr
+    assert 10 <= len(part_rows(output)) < COUNT
+    embed(photos, output, "--model", tiny_model)  # what was stored is the first one's
+    check_equal(pq.read_table(output), pq.read_table(expected))
+
+
 def test_the_server_s_model_and_the_file_are_known_to_be_the_same(
     photos: Path, output: Path, expected: Path, server: Running, half: Path
 ) -> None:
@@ -412,8 +435,9 @@ def test_wrong_use_is_told_before_any_work(photos: Path, output: Path, tmp_path:
     (tmp_path / "empty").mkdir()
     output.with_name("done.parquet").write_text("")
     for arguments, complaint in (
-        ([photos / "000.png", "-o", output], "a .parquet takes one folder"),
+        ([next(photos.rglob("*.png")), "-o", output], "a .parquet takes one folder"),
         ([photos, photos, "-o", output], "a .parquet takes one folder"),
+        ([tmp_path / "missing", "-o", output], "there is no folder"),
         ([tmp_path / "empty", "-o", output], "no images in the folder"),
         ([photos, "-o", output.with_name("done.parquet")], "is finished; --restart computes it anew"),
         ([photos, "-o", output.with_suffix(".csv")], "must end in .npz or .parquet"),

@@ -1,9 +1,11 @@
 """Every RPC over a real connection: right answers at every size, and one bad image fails alone."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
+import grpc
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -215,6 +217,35 @@ def test_models(client: VisionServiceStub) -> None:
     assert (model.stride.height, model.receptive_field.width, model.smallest_size.height) == (4, 15, 1)
     assert model.has_class_map
     assert model.metadata["training"] == '{"data": "none: random weights"}'
+
+
+def test_a_request_may_name_the_very_file(client: VisionServiceStub, tiny_model: Path) -> None:
+    digest = hashlib.sha256(tiny_model.read_bytes()).hexdigest()
+    picture = file(pixels(5, 5))
+
+    def answered(digest: str) -> list[pb.ModelRef]:
+        ref = pb.ModelRef(name="tiny", digest=digest)
+        *_, upload = client.PredictUpload(uploads(picture.encoded, 1000, pb.PredictUploadRequest.Start(model=ref)))
+        [streamed] = client.PredictStream(iter([pb.PredictStreamRequest(model=ref, image=picture)]))
+        assert streamed.result.info.status.code == 0, streamed.result.info.status.message
+        return [
+            client.Classify(pb.ClassifyRequest(model=ref, images=[picture])).model,
+            streamed.model,
+            upload.done.model,
+        ]
+
+    assert answered("") == answered(digest) == 3 * [pb.ModelRef(name="tiny", version="1", digest=digest)]
+    other = pb.ModelRef(name="tiny", digest="0" * 64)
+    [streamed] = client.PredictStream(iter([pb.PredictStreamRequest(model=other, image=picture)]))
+    assert streamed.result.info.status.code == grpc.StatusCode.NOT_FOUND.value[0]
+    for ask in (
+        lambda: client.Classify(pb.ClassifyRequest(model=other, images=[picture])),
+        lambda: client.GetModel(pb.GetModelRequest(model=other)),
+        lambda: list(client.PredictUpload(uploads(b"", 1, pb.PredictUploadRequest.Start(model=other)))),
+    ):
+        with pytest.raises(grpc.RpcError, match=f"of another file here, of SHA-256 {digest[:12]}") as refused:
+            ask()
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_limits_are_published(client: VisionServiceStub) -> None:

@@ -95,8 +95,8 @@ def asked(
         with Client(server, timeout=timeout, retries=RETRIES) as client:
             served = client.model(name, version)  # a wrong name or address is told once, not for each image
         with Client(server, timeout=timeout, retries=retries) as client:
-            stream = partial(client.stream, model=served.name, version=served.version)  # newer ones may come meanwhile
-            yield Asked(stream, served, compute="")
+            # The very model: a server that comes back may have a newer one, or another of its name.
+            yield Asked(partial(client.stream, model=served), served, compute="")
         return
     from fullframe.engine.predictor import load
     from fullframe.image import own_limits

@@ -62,12 +62,17 @@ def similar(
     max_megapixels: MegapixelsOption = MOST_MEGAPIXELS,
     timeout: TimeoutOption = 30,
 ) -> None:
-    """Find the images of a table that are most like another, by the cosine between their features."""
+    """Find the images of a table that are most like another.
+
+    The nearest are those with the largest cosine between their features.
+    """
     from fullframe.table.nearest import Table
 
     check_output(sheet, ".png", "--sheet")
     if sheet and top > _MOST_TILES:
         raise typer.BadParameter(f"a sheet has room for {_MOST_TILES}, not {top}", param_hint="--top")
+    if root and not root.is_dir():
+        raise typer.BadParameter(f"there is no folder {str(root)!r}", param_hint="--root")
     with Table(table) as opened:
         folder = str(root or file_at("", opened.recipe.root))
         if Path(query).is_file():
@@ -130,7 +135,8 @@ def _draw(path: Path, query: str, found: "Sequence[Neighbour]", folder: str) -> 
         try:
             return Tile(thumbnail(open_source(file, own_limits())), caption)
         except InvalidInput as error:
-            complain(f"{file}: {error}; its tile is grey")
+            reason = str(error).replace(f"cannot read {file}:", "cannot read it:")
+            complain(f"{file}: {reason}; its tile is grey")
             return Tile(None, caption)
 
     tiles = [

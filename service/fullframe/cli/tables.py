@@ -30,13 +30,14 @@ RETRIES: Final = 100
 _NOT_ITS_FAULT: Final = (Unavailable, Overloaded, DeadlinePassed, NotFound)
 """What may go better later: such a failure of an image ends the run, so that no row tells of it."""
 _KINDS_SHOWN: Final = 10
-_GOES_ON: Final = "the same command goes on"
 
 Stream = Callable[..., "Iterator[tuple[int, Answer | FullframeError]]"]
 
 
 def folder_of(images: Sequence[str], output: Path, restart: bool) -> str:
     """The one folder that a table is made of; raises typer.BadParameter where it can't be."""
+    if len(images) == 1 and not Path(images[0]).exists():
+        raise typer.BadParameter(f"there is no folder {images[0]!r}")
     if len(images) != 1 or not Path(images[0]).is_dir():
         raise typer.BadParameter("a .parquet takes one folder; .npz takes any files", param_hint="--output")
     if output.exists() and not restart and not is_begun(output):
@@ -63,6 +64,7 @@ def embed_folder(
         length=pooling.dimension(contract.feature_channels),
         compute=chosen.compute,
     )
+    goes_on = f"the same command{' without --restart' if restart else ''} goes on"
     with Journal(output, recipe, restart=restart) as journal:
         for name in journal.damaged:
             complain(f"{journal.folder / name} is damaged: its images are computed again")
@@ -76,10 +78,10 @@ def embed_folder(
                 joined = journal.join(bars.skip)
             journal.discard()
         except KeyboardInterrupt:
-            complain(f"stopped; {run.done + run.kept} of {count} images are stored in {journal.folder}: {_GOES_ON}")
+            complain(f"stopped; {run.done + run.kept} of {count} images are stored in {journal.folder}: {goes_on}")
             raise typer.Exit(130) from None
         except (FullframeError, OSError) as error:
-            fail(f"{in_words(error)}; what was done before is stored in {journal.folder}: {_GOES_ON}")
+            fail(f"{in_words(error)}; what was done before is stored in {journal.folder}: {goes_on}")
     _tell(output, folder, recipe, run, joined)
     return not (joined.failures or run.unreadable)
 

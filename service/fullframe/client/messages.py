@@ -113,8 +113,15 @@ def served_model(message: pb.ModelInfo) -> ServedModel:
         tiles=Tiles.from_fields(more["tiles"]) if more.get("tiles") else None,
         ragged=more.get("ragged", False),
     )
-    digest = more.get("digest", "")
-    return ServedModel(message.model.name, message.model.version, message.default, contract, digest)
+    ref = message.model
+    return ServedModel(ref.name, ref.version, message.default, contract, ref.digest)
+
+
+def model_ref(model: str | ServedModel, version: str) -> pb.ModelRef:
+    """What a request names: a model by name and version, or the very one that a server told of."""
+    if isinstance(model, ServedModel):
+        return pb.ModelRef(name=model.name, version=model.version, digest=model.digest)
+    return pb.ModelRef(name=model, version=version)
 
 
 def _pooling(pooling: Pooling) -> pb.Pooling:

@@ -5,13 +5,12 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, Self
 
 from fullframe.client.core import Core, finish
-from fullframe.client.messages import ServedModel
+from fullframe.client.messages import ServedModel, model_ref
 from fullframe.client.transports import connect, connect_on_loop
 from fullframe.engine.pooling import Pooling
 from fullframe.engine.progress import OnProgress, OnStreamProgress
 from fullframe.engine.query import Answer, ClassScore, FloatArray, as_pooling, make_query
 from fullframe.errors import FullframeError
-from fullframe.v1.vision_pb2 import ModelRef
 
 if TYPE_CHECKING:
     from fullframe.image import ImageSource
@@ -26,9 +25,9 @@ class Client:
     """Asks a fullframe server; may be shared by threads.
 
     An image is a path, a file's bytes, a uint8 array [H, W, 3] (RGB) or a PIL image. `model` and `version` name what
-    answers: "" for the server's default and its newest version. A file beyond what the server takes in a message is
-    uploaded in pieces, read as they are sent; `on_progress` hears how far that and its computation are, in the caller's
-    thread.
+    answers: "" for the server's default and its newest version; a ServedModel is that very file, or NotFound. A file
+    beyond what the server takes in a message is uploaded in pieces, read as they are sent; `on_progress` hears how far
+    that and its computation are, in the caller's thread.
 
     Args:
         target: "host:port", or any name that gRPC resolves.
@@ -55,7 +54,9 @@ class Client:
     ) -> None:
         self._core = Core(connect(target, timeout, wait_for_ready), timeout, retries)
 
-    def classify(self, image: "ImageSource", top_k: int = 5, *, model: str = "", version: str = "") -> list[ClassScore]:
+    def classify(
+        self, image: "ImageSource", top_k: int = 5, *, model: str | ServedModel = "", version: str = ""
+    ) -> list[ClassScore]:
         """The `top_k` most probable classes, best first."""
         return self.predict(image, top_k=top_k, model=model, version=version).classes
 
@@ -65,7 +66,7 @@ class Client:
         pooling: str | Pooling = "avg",
         normalize: bool = False,
         *,
-        model: str = "",
+        model: str | ServedModel = "",
         version: str = "",
     ) -> FloatArray:
         """One feature vector, float32 [D]; `pooling` as Pooling.parse reads it."""
@@ -82,13 +83,13 @@ class Client:
         feature_map: bool = False,
         class_map: bool = False,
         max_map_side: int = 0,
-        model: str = "",
+        model: str | ServedModel = "",
         version: str = "",
         on_progress: OnProgress | None = None,
     ) -> Answer:
         """Everything asked for, from one pass over the image; its maps have at most `max_map_side` cells a side."""
         query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
-        return finish(self._core.predict(image, query, ModelRef(name=model, version=version), on_progress))
+        return finish(self._core.predict(image, query, model_ref(model, version), on_progress))
 
     def stream(
         self,
@@ -100,7 +101,7 @@ class Client:
         feature_map: bool = False,
         class_map: bool = False,
         max_map_side: int = 0,
-        model: str = "",
+        model: str | ServedModel = "",
         version: str = "",
         in_flight: int = DEFAULT_IN_FLIGHT,
         on_progress: OnStreamProgress | None = None,
@@ -111,7 +112,7 @@ class Client:
         is taken up again; when that fails too, its error is raised.
         """
         query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
-        answers = self._core.stream(images, query, ModelRef(name=model, version=version), in_flight, on_progress)
+        answers = self._core.stream(images, query, model_ref(model, version), in_flight, on_progress)
         try:
             while True:
                 try:
@@ -127,7 +128,7 @@ class Client:
 
     def model(self, name: str = "", version: str = "") -> ServedModel:
         """One of them."""
-        return finish(self._core.model(ModelRef(name=name, version=version)))
+        return finish(self._core.model(model_ref(name, version)))
 
     def health(self, name: str = "") -> bool:
         """Whether the server, or one of its models, says that it can answer."""
@@ -158,7 +159,7 @@ class AsyncClient:
         self._core = Core(connect_on_loop(target, timeout, wait_for_ready), timeout, retries)
 
     async def classify(
-        self, image: "ImageSource", top_k: int = 5, *, model: str = "", version: str = ""
+        self, image: "ImageSource", top_k: int = 5, *, model: str | ServedModel = "", version: str = ""
     ) -> list[ClassScore]:
         """See Client.classify."""
         return (await self.predict(image, top_k=top_k, model=model, version=version)).classes
@@ -169,7 +170,7 @@ class AsyncClient:
         pooling: str | Pooling = "avg",
         normalize: bool = False,
         *,
-        model: str = "",
+        model: str | ServedModel = "",
         version: str = "",
     ) -> FloatArray:
         """See Client.embed."""
@@ -186,13 +187,13 @@ class AsyncClient:
         feature_map: bool = False,
         class_map: bool = False,
         max_map_side: int = 0,
-        model: str = "",
+        model: str | ServedModel = "",
         version: str = "",
         on_progress: OnProgress | None = None,
     ) -> Answer:
         """See Client.predict."""
         query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
-        return await self._core.predict(image, query, ModelRef(name=model, version=version), on_progress)
+        return await self._core.predict(image, query, model_ref(model, version), on_progress)
 
     async def stream(
         self,
@@ -204,14 +205,14 @@ class AsyncClient:
         feature_map: bool = False,
         class_map: bool = False,
         max_map_side: int = 0,
-        model: str = "",
+        model: str | ServedModel = "",
         version: str = "",
         in_flight: int = DEFAULT_IN_FLIGHT,
         on_progress: OnStreamProgress | None = None,
     ) -> AsyncIterator[tuple[int, Answer | FullframeError]]:
         """See Client.stream. Answers do not wait for the next of asynchronous `images`."""
         query = make_query(top_k, poolings, logits, feature_map, class_map, max_map_side)
-        ref = ModelRef(name=model, version=version)
+        ref = model_ref(model, version)
         async with aclosing(self._core.stream(images, query, ref, in_flight, on_progress)) as answers:
             async for answer in answers:
                 yield answer
@@ -222,7 +223,7 @@ class AsyncClient:
 
     async def model(self, name: str = "", version: str = "") -> ServedModel:
         """See Client.model."""
-        return await self._core.model(ModelRef(name=name, version=version))
+        return await self._core.model(model_ref(name, version))
 
     async def health(self, name: str = "") -> bool:
         """See Client.health."""

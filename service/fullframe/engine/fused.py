@@ -15,7 +15,7 @@ from fullframe.engine.base import Engine
 from fullframe.engine.choice import Compute
 from fullframe.engine.graph import TorchSession
 from fullframe.engine.query import FloatArray
-from fullframe.errors import InvalidModel, Overloaded
+from fullframe.errors import Overloaded
 from fullframe.image import Pixels
 from fullframe.model.contract import Contract
 
@@ -129,10 +129,7 @@ class TorchEngine(Engine):
         if compute == "float32":
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
-        try:
-            self._session = self.open_session(path)
-        except InvalidModel as error:
-            raise InvalidModel(f"{path.name} can't be run on PyTorch: {error}") from error
+        self._session = self.open_session(path)
         graph = self._session.graph
         self.contract = Contract.from_metadata(graph.metadata)
         self.contract.check_graph(graph.inputs, graph.outputs)

@@ -134,8 +134,20 @@ class Plane:
         """Every model and version, in the order given at the start."""
         return list(self._models)
 
-    def model(self, name: str = "", version: str = "") -> Served:
-        """The model to ask; no name: the default, no version: the newest. Raises NotFound naming what there is."""
+    def model(self, name: str = "", version: str = "", digest: str = "") -> Served:
+        """The model to ask; no name: the default, no version: the newest, no digest: whatever its file.
+
+        Raises NotFound naming what there is.
+        """
+        model = self._named(name, version)
+        if digest not in ("", model.digest):
+            raise NotFound(
+                f"model {model.name!r} version {model.version} is of another file here, of SHA-256 "
+                f"{model.digest[:12]}..., not {quoted(digest)}"
+            )
+        return model
+
+    def _named(self, name: str, version: str) -> Served:
         named = [m for m in self._models if (m.name == name if name else m.default)]
         if not named:
             names = ", ".join(sorted({m.name for m in self._models}))
@@ -202,7 +214,7 @@ class Plane:
     def warm_up(self) -> None:
         """Do what the first image would otherwise wait for: read the models' graphs for their memory, run them."""
         for model in self._models:
-            _ = model.engine.bytes_per_pixel, model.digest
+            _ = model.engine.bytes_per_pixel
             if model.engine.accelerated and (together := self._together.get(model)) is not None:
                 together.warm_up()
 
@@ -242,6 +254,8 @@ def open_plane(
     open_engine = opener(engine, compute)
     files = find_models(specs, precision)
     models = [Served(f.name, f.version, f.name == files[0].name, open_engine(f.path)) for f in files]
+    for model in models:
+        _ = model.digest  # while the file is still what was loaded
     return Plane(
         models,
         limits=limits or Limits(),

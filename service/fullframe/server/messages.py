@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from google.rpc.status_pb2 import Status
 
-from fullframe.engine.plane import EncodedImage, RawImage, Served
+from fullframe.engine.plane import EncodedImage, Plane, RawImage, Served
 from fullframe.engine.pooling import Pooling, Term
 from fullframe.engine.query import Answer, FloatArray, Query
 from fullframe.errors import InvalidInput
@@ -100,7 +100,12 @@ def prediction(outcome: Answer | Status) -> pb.Prediction:
 
 def model_ref(model: Served) -> pb.ModelRef:
     """Which model and version answered."""
-    return pb.ModelRef(name=model.name, version=model.version)
+    return pb.ModelRef(name=model.name, version=model.version, digest=model.digest)
+
+
+def asked_model(plane: Plane, ref: pb.ModelRef) -> Served:
+    """The model that a request names; raises NotFound."""
+    return plane.model(ref.name, ref.version, ref.digest)
 
 
 def model_info(model: Served) -> pb.ModelInfo:
@@ -116,7 +121,6 @@ def model_info(model: Served) -> pb.ModelInfo:
         "training": contract.training,
         "tiles": None if contract.tiles is None else asdict(contract.tiles),
         "ragged": contract.ragged,
-        "digest": model.digest,
     }
     return pb.ModelInfo(
         model=model_ref(model),

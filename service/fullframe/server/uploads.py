@@ -42,7 +42,7 @@ class Uploads:
         first = await self._next(call)
         if first is EOF or first.WhichOneof("part") != "start":
             raise InvalidInput("the first message must be start: it holds the options", "start")
-        model = self._plane.model(first.start.model.name, first.start.model.version)
+        model = messages.asked_model(self._plane, first.start.model)
         query = messages.predict_query(first.start.options)
         async with self._file(first.start.total_bytes) as file:
             await _tell(call, 0, 0.0)  # there is room: send it

@@ -80,7 +80,7 @@ class VisionServicer:
 
     async def GetModel(self, call: Call, request: pb.GetModelRequest) -> pb.GetModelResponse:
         """One model's contract, and what this server takes."""
-        model = self._plane.model(request.model.name, request.model.version)
+        model = messages.asked_model(self._plane, request.model)
         limits, settings = self._plane.limits, self._settings
         return pb.GetModelResponse(
             model=messages.model_info(model),
@@ -103,7 +103,7 @@ class VisionServicer:
         if not 1 <= len(request.images) <= most:
             raise InvalidInput(f"the request holds {len(request.images)} images; it must hold 1 to {most}", "images")
         call.hold(request.ByteSize())
-        model = self._plane.model(request.model.name, request.model.version)
+        model = messages.asked_model(self._plane, request.model)
         return messages.model_ref(model), await self._answering.outcomes(call, model, request.images, query)
 
     async def _answer_one(self, call: Call, request: pb.PredictStreamRequest) -> pb.PredictStreamResponse:
@@ -113,7 +113,7 @@ class VisionServicer:
         try:
             await when_room(partial(call.hold, size), call.deadline)
             try:
-                model = self._plane.model(request.model.name, request.model.version)
+                model = messages.asked_model(self._plane, request.model)
                 response.model.CopyFrom(messages.model_ref(model))
                 query = messages.predict_query(request.options)
                 [outcome] = await self._answering.outcomes(call, model, [request.image], query, patient=True)
