@@ -13,6 +13,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from fullframe.engine.graph import TorchSession
+from fullframe.errors import InvalidModel
 from fullframe.model.ragged import ragged_model
 from fullframe.model.repository import BUNDLED
 from fullframe.model.strips import strip_graphs
@@ -168,3 +169,52 @@ def test_memory_is_taken_over_only_where_it_suffices(op: str, shape: tuple[int, 
     np.testing.assert_array_equal(found, in_onnx_runtime(model, feeds)["y"])
     np.testing.assert_array_equal(feeds["x"], x, "what was fed is as it was")
     np.testing.assert_array_equal(feeds["other"], other)
+
+
+def small(node: onnx.NodeProto, *before: onnx.NodeProto, **constants: list[int]) -> bytes:
+    """A graph from float x [n] to y."""
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [*before, node],
+        "small",
+        [helper.make_tensor_value_info("x", kind, ["n"])],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [numpy_helper.from_array(np.array(each), name) for name, each in constants.items()],
+    )
+    return serialized(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (small(helper.make_node("Add", ["x", "z"], ["y"], "sum")), "Add 'sum' reads 'z', which nothing"),
+        (
+            small(
+                helper.make_node("Where", ["mask", "x", "x"], ["y"], "w"),
+                helper.make_node("Dropout", ["x"], ["d", "mask"]),
+            ),
+            "Where 'w' reads 'mask', which nothing",
+        ),
+        (
+            small(
+                helper.make_node("Reshape", ["x", "s"], ["y"]),
+                helper.make_node("Reshape", ["a", "b"], ["s"], "odd"),
+                a=[1, 2, 3],
+                b=[2, 2],
+            ),
+            "Reshape 'odd' can't be computed: ",
+        ),
+    ],
+    ids=["nobody makes it", "a dropout's mask", "constants that don't fit"],
+)
+def test_a_graph_that_can_t_be_run_names_its_node(model: bytes, reason: str) -> None:
+    with pytest.raises(InvalidModel, match=reason):
+        TorchSession(model)
+
+
+def test_a_node_that_fails_is_named() -> None:
+    session = TorchSession(small(helper.make_node("Reshape", ["x", "s"], ["y"], "odd"), s=[2, 2]))
+    assert session.run(["y"], {"x": np.zeros(4, "f4")})[0].shape == (2, 2)
+    with pytest.raises(RuntimeError) as failed:
+        session.run(["y"], {"x": np.zeros(5, "f4")})
+    assert failed.value.__notes__ == ["at Reshape 'odd'"]

@@ -84,10 +84,14 @@ class Program:
         self._fixed = {key: weights.value(key) for key in self._constants}
 
     def run(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs of feeds on the device."""
+        """The outputs of feeds on the device; raises what a step raises, with the node's name."""
         values: dict[str, Tensor] = {**self._fixed, **feeds}
         for step in self._steps:
-            found = step.run(*[values[key] if key else None for key in step.inputs])
+            try:
+                found = step.run(*[values[key] if key else None for key in step.inputs])
+            except Exception as error:
+                error.add_note(f"at {step.title}")
+                raise
             if isinstance(found, tuple):
                 values.update(zip(step.outputs, found, strict=False))
             else:

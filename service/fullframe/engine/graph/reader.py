@@ -20,7 +20,7 @@ _LEAST_OPSET: Final = 13
 _SAME: Final = frozenset({"Identity", "Dropout"})
 _CPU: Final = torch.device("cpu")
 _MOST_FOLDED: Final = 1 << 20
-"""Elements of what may be computed ahead from constants: a graph's file does not make memory out of nothing."""
+"""Elements of what is kept of what constants make: more is made at each run."""
 
 
 def read_graph(model: Path | bytes) -> Graph:
@@ -35,7 +35,8 @@ def read_graph(model: Path | bytes) -> Graph:
         )
     constants = {each.name: _tensor(each) for each in proto.graph.initializer}
     infos = [_info(each) for each in proto.graph.input if each.name not in constants]
-    nodes = _Folding(constants, {each.name for each in proto.graph.output}).nodes(proto.graph.node)
+    folding = _Folding(constants, {each.name for each in infos}, {each.name for each in proto.graph.output})
+    nodes = folding.nodes(proto.graph.node)
     return Graph(
         nodes,
         constants,
@@ -49,9 +50,10 @@ def read_graph(model: Path | bytes) -> Graph:
 class _Folding:
     """What is made of constants alone becomes a constant; copies go."""
 
-    def __init__(self, constants: dict[str, Tensor], outputs: set[str]) -> None:
+    def __init__(self, constants: dict[str, Tensor], inputs: set[str], outputs: set[str]) -> None:
         self._constants, self._outputs = constants, outputs
         self._names: dict[str, str] = {}
+        self._made = set(inputs)
 
     def nodes(self, protos: Sequence[onnx.NodeProto]) -> list[Node]:
         """The nodes that are left."""
@@ -65,6 +67,7 @@ class _Folding:
                 self._names[node.outputs[0]] = node.inputs[0]
             elif not self._fold(node):
                 kept.append(node)
+                self._made.update(node.outputs)
         return kept
 
     def _read(self, proto: onnx.NodeProto) -> Node:
@@ -77,6 +80,9 @@ class _Folding:
         if proto.domain not in OWN_DOMAINS or node.op not in OPERATORS:
             domain = "" if proto.domain in OWN_DOMAINS else f" of {proto.domain}"
             raise refused(node, f"is an operator{domain} that the PyTorch engine does not have")
+        for name in filter(None, inputs):
+            if name not in self._made and name not in self._constants:
+                raise refused(node, f"reads {name!r}, which nothing that PyTorch runs makes")
         node = node.having(attributes={each.name: _attribute(each) for each in proto.attribute})
         OPERATORS[node.op].check(node)
         return node
@@ -86,7 +92,10 @@ class _Folding:
         if node.op == "Shape" or not all(name in self._constants for name in names):
             return False
         values = [self._constants[name] if name else None for name in node.inputs]
-        found = OPERATORS[node.op].bound(node, _CPU)(*values)
+        try:
+            found = OPERATORS[node.op].bound(node, _CPU)(*values)
+        except Exception as error:  # whatever PyTorch's operators raise
+            raise refused(node, f"can't be computed: {first_line(error)}") from error
         outputs = found if isinstance(found, tuple) else (found,)
         if max(each.numel() for each in outputs) > max(_MOST_FOLDED, *(v.numel() for v in values if v is not None), 0):
             return False
