@@ -116,7 +116,7 @@ def test_hostile_messages(server: Running, data: bytes, text: str) -> None:
     peak, error = peak_while(server, lambda: send(server.target, data))
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert text in (error.details() or "")
-    # gRPC holds it three times, in slices, joined and as Python's bytes; parsed it would be 25 times as long.
+    # gRPC holds it three times, in slices, joined and as Python's bytes; parsed it would be 24 times as long.
     assert peak < 4 * len(data) + 20 * MIB
     assert works(server)
 
