@@ -9,8 +9,11 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/fullframe demo
 
+# What only computes, on all cores; servers, schedules and measures of memory have the machine to themselves.
+COMPUTING := tests/convert tests/engine/graph tests/learn tests/model
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(addprefix --ignore=,$(COMPUTING) tests/kernels)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(COMPUTING) -n auto --dist worksteal
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels -n auto --dist worksteal
 
 lint: $(VENV)/.dev
