@@ -48,6 +48,8 @@ class Engine(ABC):
     few_shapes: ClassVar[bool] = False
     large_pixels: ClassVar[int]
     piece_pixels: int
+    _around_maps: ClassVar[float]
+    """The runtime takes so many times the memory of the maps alone, on a CPU."""
 
     @property
     def accelerated(self) -> bool:
@@ -64,9 +66,12 @@ class Engine(ABC):
         axis."""
 
     @cached_property
-    @abstractmethod
     def bytes_per_pixel(self) -> float:
-        """Of memory, while an image of more than a few pixels is run whole; 0 where the graph can't be followed."""
+        """Of memory, while an image of more than a few pixels is run whole, estimated from the graph; 0 where that
+        can't be followed."""
+        from fullframe.model.memory import bytes_per_pixel  # the onnx package takes a while
+
+        return self._around_maps * bytes_per_pixel(self.path)
 
     def run(self, pixels: Pixels, outputs: Sequence[str], *, alone: bool = False) -> dict[str, FloatArray]:
         """Run the graph on one image.

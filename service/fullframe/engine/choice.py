@@ -33,7 +33,8 @@ def opener(engine: EngineName = "auto", compute: Compute = "float32") -> "Callab
             raise InvalidInput(f"{name} is {given!r}; it must be one of {', '.join(get_args(kind))}", name)
     if engine == "torch" or (engine == "auto" and _has_device()):
         on_torch = partial(_torch_engine(), compute=compute)
-        return on_torch if engine == "torch" or compute != "float32" else partial(_either, on_torch)
+        may_fall_back = engine == "auto" and compute == "float32"
+        return partial(_either, on_torch) if may_fall_back else on_torch
     if compute != "float32":
         why = "the onnx engine" if engine == "onnx" else "without an accelerator and PyTorch the engine is onnx, which"
         raise InvalidInput(f"{why} computes in float32 alone; {compute} needs the torch engine", "compute")

@@ -19,8 +19,6 @@ from fullframe.errors import Overloaded
 from fullframe.image import Pixels
 from fullframe.model.contract import Contract
 
-# PyTorch on a CPU takes so many times the memory of the maps alone: measured 1.0 to 2.8.
-_AROUND_MAPS: Final = 3.0
 _MEASURED_SIDE: Final = 512
 """Of the image whose memory is measured on a device, in pixels."""
 _RETRY_AFTER: Final = 1.0
@@ -118,6 +116,7 @@ class TorchEngine(Engine):
 
     few_shapes = True
     large_pixels = 2_000_000
+    _around_maps = 3.0  # measured 1.0 to 2.8
 
     def __init__(self, path: Path, *, device: str = "", compute: Compute = "float32") -> None:
         self.path = path
@@ -151,9 +150,7 @@ class TorchEngine(Engine):
     def bytes_per_pixel(self) -> float:
         """On a device measured, with all outputs; on the CPU estimated from the graph."""
         if not self.accelerated:
-            from fullframe.model.memory import bytes_per_pixel
-
-            return _AROUND_MAPS * bytes_per_pixel(self.path)
+            return super().bytes_per_pixel
         height, width = (max(_MEASURED_SIDE, least) for least in self.contract.smallest_size)
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)

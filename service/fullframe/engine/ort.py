@@ -20,13 +20,6 @@ ort.set_default_logger_severity(3)
 # A lone image of fewer pixels is done before a second core could help.
 _SHARED_PIXELS: Final = 50_000
 _CPU: Final = "CPUExecutionProvider"
-LARGE_PIXELS: Final = 2_000_000
-"""From here on an image is computed on all cores, and its memory is given back, which costs time: the arena would keep
-it for good."""
-PIECE_PIXELS: Final = 2**18
-"""A few hundred bytes of memory each; pieces that fit in the caches are the fastest."""
-# ONNX Runtime takes so many times the memory of the maps alone: measured 1.25 to 1.45.
-_AROUND_MAPS: Final = 1.5
 
 
 @cache
@@ -83,8 +76,12 @@ class OrtEngine(Engine):
     """
 
     title = "onnx"
-    large_pixels = LARGE_PIXELS
-    piece_pixels = PIECE_PIXELS
+    # From here on an image is computed on all cores, and its memory is given back, which costs time: the arena would
+    # keep it for good.
+    large_pixels = 2_000_000
+    # A few hundred bytes of memory each; pieces that fit in the caches are the fastest.
+    piece_pixels = 2**18
+    _around_maps = 1.5  # measured 1.25 to 1.45
 
     def __init__(self, path: Path, *, arena: bool = True, pattern: bool = False) -> None:
         self.path, self._arena, self._pattern = path, arena, pattern
@@ -108,17 +105,10 @@ class OrtEngine(Engine):
     def run_batch(self, images: Pixels, outputs: Sequence[str], *, alone: bool = False) -> list[FloatArray]:
         """As Engine's. It counts on the smallest size: a pool with an empty output would end the process."""
         pixels = images.shape[1] * images.shape[2]
-        large = pixels >= LARGE_PIXELS
+        large = pixels >= self.large_pixels
         all_cores = large or (alone and pixels >= _SHARED_PIXELS)
         options = self._shrinking if large else None
         return self._session.run(outputs, self._feeds(images), alone=all_cores, options=options)
-
-    @cached_property
-    def bytes_per_pixel(self) -> float:
-        """Estimated from the graph."""
-        from fullframe.model.memory import bytes_per_pixel  # the onnx package takes a while
-
-        return _AROUND_MAPS * bytes_per_pixel(self.path)
 
     def open_session(self, model: Path | bytes) -> OrtSession:
         """As Engine's."""
