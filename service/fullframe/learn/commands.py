@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 console = Console(stderr=True)
 CACHE_MIB = 4096
 
-_DATA = "Folder, .tar, .tar.gz or .tar.xz of class folders, within train/ and val/ or test/ if there are such."
+_DATA = (
+    "Folder, .tar, .tar.gz or .tar.xz of class folders, within train/ and val/ or test/ if there are such; or "
+    "cifar-10-binary.tar.gz."
+)
 Data = Annotated[Path, typer.Argument(metavar="DATA", help=_DATA)]
 Validation = Annotated[float, typer.Option(help="Share of each class held out where there is no val/ or test/.")]
 Seed = Annotated[int, typer.Option(help="Decides the held-out images.")]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fullframe.errors import FullframeError, InvalidInput
 from fullframe.image import Limits, open_encoded
+from fullframe.learn import cifar
 
 Pixels = NDArray[np.uint8]
 
@@ -70,7 +71,7 @@ class ImageSet:
 
 
 def load_images(path: Path, *, validation: float = 0.1, seed: int = 0, cache_bytes: int = 4 << 30) -> ImageSet:
-    """Read a folder, .tar, .tar.gz or .tar.xz of class folders; raises InvalidInput.
+    """Read a folder, .tar, .tar.gz or .tar.xz of class folders, or cifar-10-binary.tar.gz; raises InvalidInput.
 
     With `train` and `val` or `test` folders around the classes, those are the splits (`val` before `test`);
     otherwise the share `validation` of each class is drawn with `seed`. Every file is decoded once, so that a
@@ -129,12 +130,24 @@ def _readable(sources: Iterator[Image], room: int) -> tuple[list[Image], list[st
 
 
 def _sources(path: Path) -> Iterator[Image]:
+    """An image for each file, but those of CIFAR-10's own files: as many as they hold."""
+    parts: dict[str, bytes] = {}
+    for name, source in _files(path):
+        if cifar.is_part(name):
+            parts[name] = _read(source)
+        else:
+            yield Image(name, source)
+    for name, pixels in cifar.images(parts):
+        yield Image(name, b"", cached=pixels)
+
+
+def _files(path: Path) -> Iterator[tuple[str, bytes | Path]]:
     """Every file below a folder or in a tar, hidden ones left out."""
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             name = file.relative_to(path).as_posix()
             if file.is_file() and _visible(name):
-                yield Image(name, file)
+                yield name, file
         return
     if not path.is_file():
         raise InvalidInput(f"{path} is neither a folder nor a file", "data")
@@ -145,7 +158,7 @@ def _sources(path: Path) -> Iterator[Image]:
                 if member.isfile() and _visible(name):
                     content = archive.extractfile(member)
                     assert content is not None
-                    yield Image(name, content.read())
+                    yield name, content.read()
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         raise InvalidInput(f"{path} is not a folder or a readable .tar, .tar.gz or .tar.xz: {error}", "data") from error
 
@@ -159,7 +172,7 @@ def _decoded(sources: Iterator[Image]) -> Iterator[tuple[Image, Pixels | str]]:
 
     def attempt(image: Image) -> Pixels | str:
         try:
-            return decode(_read(image.source))
+            return image.pixels()
         except (FullframeError, OSError) as error:
             return str(error)
 
