@@ -8,8 +8,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, parser
 
+from fullframe.convert.options import Options
+
 Weights = Mapping[str, tuple[int, ...] | NDArray[Any]]
 
+OPTIONS = Options("net", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
 SIDE = 32
 CLASSES = 5
 # Two strided convolutions: a map `m` of 8 channels, a quarter as high and wide.

@@ -15,7 +15,9 @@ from fullframe.convert.options import Options
 from fullframe.convert.pipeline import convert
 from fullframe.engine.query import Answer, FloatArray
 from fullframe.errors import InvalidInput
-from tests.convert.families import CLASSES, FAMILIES, Resnet, made
+from tests.convert.families import FAMILIES, made
+from tests.convert.families.classic import Resnet
+from tests.convert.families.parts import CLASSES
 from tests.pictures import Pixels, encode, pixels
 from tests.serving import Running, serving
 
