@@ -36,10 +36,10 @@ HUGE = (0, 1, 2)  # worked on beside the thumbnails
 
 
 def working(running: Running) -> int:
-    """Images that the server holds, queued or on a worker."""
+    """Images that the server holds."""
     with urllib.request.urlopen(f"http://127.0.0.1:{running.metrics_port}/metrics") as page:
         lines = page.read().decode().splitlines()
-    names = ("fullframe_images_queued ", "fullframe_images_running ")
+    names = tuple(f"fullframe_images_{state} " for state in ("queued", "running", "ready"))
     return sum(int(float(line.split()[1])) for line in lines if line.startswith(names))
 
 

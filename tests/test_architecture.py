@@ -118,7 +118,7 @@ def _type_checking(path: Path, name: str) -> bool:
 
 def loaded(program: str) -> list[str]:
     """What of the packages that serving has no use for a program leaves imported."""
-    names = {"torch", "onnx", "fusedpool", "matplotlib", "PIL", "skimage", "pyarrow"}
+    names = {"torch", "onnx", "fusedpool", "array_api_compat", "matplotlib", "PIL", "skimage", "pyarrow"}
     program += f"\nimport sys; print(*sorted({names} & set(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return output.stdout.split()

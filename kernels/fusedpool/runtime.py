@@ -160,8 +160,12 @@ class Tile:
 
     @property
     def align(self) -> int:
-        """In units of which kernels take the columns of NCHW."""
-        return 1 if self.last else alignment((self.columns,))
+        """In units of which kernels take the columns of NCHW.
+
+        1 for a lone channel: such maps, of attention say, are small, and come with channels_last ones, of which no size
+        needs a compilation of its own.
+        """
+        return 1 if self.last or self.channels == 1 else alignment((self.columns,))
 
     @property
     def partials(self) -> tuple[int, int]:

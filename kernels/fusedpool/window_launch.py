@@ -56,7 +56,7 @@ def forward(
     scale, shift, param = operators.dense_parameters(x, scale, shift, param, p)
     tile = runtime.Tile.over(x, *size)
     # Neighbouring outputs read neighbours of x.
-    vectors = tile.last or (window.stride_w == 1 and not tables)
+    vectors = tile.last or (window.stride_w == 1 and not tables and x.shape[1] > 1)
     strides = runtime.Strides.of(x, tile.last, vectors)
     align = runtime.alignment((x.shape[3],)) if vectors and not tile.last else 1
     top, left = tables or (y, y)

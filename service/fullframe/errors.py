@@ -68,6 +68,12 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
+def plainly(message: str) -> str:
+    """What pydantic says of a value, without its own terms."""
+    message = message.removeprefix("Value error, ")
+    return message.replace("Input should", "it should", 1) if message.startswith("Input should") else message
+
+
 def first_line(error: Exception) -> str:
     """What a foreign exception says, without what follows it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from fullframe import defaults
 from fullframe.engine.choice import Compute, EngineName
 from fullframe.engine.jobs import Batching
-from fullframe.errors import InvalidInput
+from fullframe.errors import InvalidInput, plainly
 from fullframe.model.repository import Precision
 
 PREFIX = "FULLFRAME_"
@@ -40,7 +40,9 @@ class Settings(BaseSettings):
     compute: Compute = Field(
         "float32", description="what the torch engine computes in; the promise is about float32, on either engine"
     )
-    workers: int = Field(0, ge=0, description="images worked on at once; 0: one for each core")
+    workers: int = Field(
+        0, ge=0, description="images worked on at once; 0: one for each core, and two more for batches on a device"
+    )
     batching: Batching = Field(
         "auto",
         description="ragged: images that wait are computed together, padded and masked; one: one by one; auto: ragged "
@@ -139,7 +141,9 @@ def read_settings(**given: Any) -> Settings:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         raise InvalidInput(
-            f"setting {name!r} (in the environment {PREFIX}{name.upper()}) is {first['input']!r}: {first['msg']}", name
+            f"setting {name!r} (in the environment {PREFIX}{name.upper()}) is {first['input']!r}: "
+            f"{plainly(first['msg'])}",
+            name,
         ) from error
 
 

@@ -106,7 +106,7 @@ def test_wrong_use_ends_with_2(folder: Path, tmp_path: Path, tiny_model: Path) -
         (["classify", folder, "-k", 0], "'--top-k' / '-k'"),
         (["classify", folder, "--explain", "why.png"], "takes one image"),
         (["classify", folder / "a/first.png", "--explain", "why.jpg"], "must end in .png"),
-        (["classify", folder, "--engine", "magic"], "'magic' is not one of 'auto', 'onnx', 'torch'"),
+        (["classify", folder, "--engine", "magic"], "'--engine': 'magic' is not one of 'auto', 'onnx', 'torch'"),
         (["embed", folder, "--pooling", "median"], "unknown kind 'median'"),
         (["embed", folder, "-o", "features.csv"], "must end in .npz"),
         (["embed", folder, "-o", "features.npz", "--json"], "goes without --json"),

@@ -69,7 +69,9 @@ def test_what_cannot_be_served(tiny_model: Path) -> None:
         assert f"cannot listen on 127.0.0.1:{port}" in refused.stderr
     assert "no model at 'missing'" in run("serve", "--model", "missing", "--port", 0, code=1).stderr
     assert "less than or equal to 65535" in run("serve", "--port", 99999, code=2).stderr
-    assert "'magic' is not one of 'auto', 'onnx', 'torch'" in run("serve", "--engine", "magic", code=2).stderr
+    assert (
+        "'--engine': 'magic' is not one of 'auto', 'onnx', 'torch'" in run("serve", "--engine", "magic", code=2).stderr
+    )
     refused = run("serve", "--engine", "onnx", "--compute", "float16", code=1)
     assert "the onnx engine computes in float32 alone" in refused.stderr
 

@@ -314,6 +314,27 @@ def test_an_upload_that_breaks_off_is_sent_again_whole(large: Path, surface: str
         predict(surface, target, large, {}, retries=1)
 
 
+def refusing(requests: Iterator[Any], context: Any) -> Iterator[pb.PredictUploadResponse]:
+    next(requests)
+    yield news(0)
+    for number, _ in enumerate(requests):
+        if number:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not this one")
+
+
+def test_a_refusal_in_mid_upload_is_not_lost_among_writes_that_fail() -> None:
+    """A race, which grpc.aio alone would lose once in ten times or so."""
+
+    async def ask(target: str, times: int) -> None:
+        async with AsyncClient(target, retries=0) as client:
+            for _ in range(times):
+                with pytest.raises(InvalidInput, match="not this one"):
+                    await client.predict(bytes(16 * MIB))
+
+    with scripted(*[refusing] * 50) as (_, target):
+        asyncio.run(ask(target, 50))
+
+
 @SURFACES
 def test_giving_up_is_told_to_the_server(slow_model: Path, tmp_path: Path, surface: str) -> None:
     """By what a callback raises: Ctrl-C in blocking code, a cancelled task on a loop end it likewise."""

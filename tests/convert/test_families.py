@@ -43,6 +43,9 @@ BEYOND: Final = (
     (161, 150),
 )
 """Rows and columns beyond the smallest size."""
+ADDED_IN_PARTS: Final = ("inception", "inception-disagreeing")
+"""ONNX Runtime multiplies convolutions of these models as matrices, as their channels are not multiples of 16. There it
+adds sums of more than 128 terms in other parts for 64 cells or fewer, and last bits depend on the rows of a strip."""
 EXPORTERS: Final = ("dynamo", "torchscript-11", "torchscript-13", "torchscript-15", "torchscript-17")
 ALL: Final = [(family, exporter) for family in FAMILIES for exporter in EXPORTERS]
 # Each family once; by the slow exporter those whose graphs it makes most unlike the other's.
@@ -159,7 +162,7 @@ def test_strips_are_the_whole(engines: Callable[[str, str], OrtEngine], name: st
     least = engine.contract.smallest_size
     picture = pixels(least[0] + 301, least[1] + 157)
     wanted = engine.run(picture, maps)
-    pieces = 0
+    pieces, cuts = 0, []
     for piece_pixels, band_width in ((8_000, 10_000), (20_000, least[1] + 120)):
         found = {map: np.full_like(each, np.nan) for map, each in wanted.items()}
         for piece in Tiler(engine, piece_pixels=piece_pixels, band_width=band_width).pieces(HeldRegions(picture), maps):
@@ -168,7 +171,11 @@ def test_strips_are_the_whole(engines: Callable[[str, str], OrtEngine], name: st
                 found[map][:, piece.top : piece.top + part.shape[1], piece.left : piece.left + part.shape[2]] = part
         for map in maps:
             assert difference(found[map], wanted[map]) <= TOLERANCE / 10
+        cuts.append(found)
     assert pieces > 4
+    for map in maps:
+        if name not in ADDED_IN_PARTS:
+            np.testing.assert_array_equal(cuts[1][map], cuts[0][map])
 
 
 @pytest.mark.parametrize("exporter", [pytest.param("dynamo", marks=pytest.mark.slow), "torchscript-17"])

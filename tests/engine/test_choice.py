@@ -1,5 +1,6 @@
 """Which engine is chosen, and what is said where one can't be had."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,11 @@ import pytest
 
 import fullframe
 from fullframe.engine import choice
-from fullframe.engine.choice import opener
+from fullframe.engine.choice import open_model, opener
 from fullframe.engine.fused import TorchEngine
 from fullframe.engine.ort import OrtEngine
-from fullframe.errors import InvalidInput
-from fullframe.model.repository import BUNDLED, int8_copy
+from fullframe.errors import InvalidInput, InvalidModel
+from fullframe.model.repository import BUNDLED, ModelFile, int8_copy
 
 HERE = "\n".join(
     (
@@ -65,6 +66,15 @@ def test_auto_takes_torch_on_a_device_for_what_it_can_run(tiny_model: Path, monk
     assert isinstance(opener()(int8_copy(BUNDLED)), OrtEngine), "integers are a CPU's"
 
 
+@pytest.mark.parametrize(("own", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
+def test_pytorch_s_threads_sleep_between_operators_unless_told(own: dict[str, str], policy: str) -> None:
+    code = "from fullframe.engine.choice import opener; opener('torch')"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true", **own}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+
+
 def test_without_pytorch_the_extra_is_named(tmp_path: Path) -> None:
     from tests.pictures import encode, pixels
 
@@ -73,3 +83,46 @@ def test_without_pytorch_the_extra_is_named(tmp_path: Path) -> None:
         [sys.executable, "-c", HERE, str(tmp_path / "a.png")], check=True, capture_output=True, text=True
     )
     assert done.stdout == "the torch engine needs torch, of the gpu extra: pip install 'fullframe[gpu]'\n"
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_a_model_that_can_t_be_loaded_is_named_as_it_was_given(tmp_path: Path, engine: Any) -> None:
+    (tmp_path / "zoo" / "2").mkdir(parents=True)
+    (path := tmp_path / "zoo" / "2" / "model.onnx").write_text("not a model")
+    for name, said in (
+        ("zoo", r"^model 'zoo', version 2: model\.onnx can't be loaded: "),
+        ("model", r"^model\.onnx can't be loaded: "),
+    ):
+        with pytest.raises(InvalidModel, match=said):
+            open_model(ModelFile(name, "2", path), opener(engine))
+
+
+MANY_SIZES = """
+import ctypes, random, resource
+import numpy as np
+from pathlib import Path
+from fullframe.engine.choice import opener
+from fullframe.model.repository import BUNDLED
+
+def resident():
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free is not held for anybody
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+engine = opener("torch")(BUNDLED)
+engine.run(np.zeros((64, 64, 3), np.uint8), ["logits"])
+before, random = resident(), random.Random(0)
+for _ in range(400):
+    engine.run(np.zeros((random.randint(16, 90), random.randint(16, 90), 3), np.uint8), ["logits"])
+print(resident() - before)
+"""
+
+
+@pytest.mark.slow
+def test_sizes_that_never_come_again_leave_little_in_memory() -> None:
+    """The control: as PyTorch comes it keeps several times as much."""
+
+    def grown(**more: str) -> int:
+        command = [sys.executable, "-c", MANY_SIZES]
+        return int(subprocess.run(command, check=True, capture_output=True, env={**os.environ, **more}).stdout)
+
+    assert 2 * grown() < grown(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024")

@@ -15,12 +15,12 @@ import fullframe
 from fullframe import Client
 from fullframe.convert.ragged import make_ragged
 from fullframe.engine.fused import TorchEngine, default_device
-from fullframe.engine.graph import TorchSession
+from fullframe.engine.graph import Replays, TorchSession
 from fullframe.engine.ort import OrtEngine
 from fullframe.engine.plane import Plane, open_plane
 from fullframe.engine.pooling import Pooling
 from fullframe.engine.query import Answer, Query
-from fullframe.engine.ragged import RaggedBatches, RaggedEngine
+from fullframe.engine.ragged import RaggedEngine
 from fullframe.errors import InvalidInput, InvalidModel, Overloaded
 from fullframe.image import Limits, Picture, open_raw
 from fullframe.model.repository import BUNDLED
@@ -82,12 +82,21 @@ def test_half_precision_is_near_and_not_the_same(device: str) -> None:
         assert PROMISE / 10 < max(gaps) < most, compute
 
 
-def test_many_threads_get_what_one_gets(device: str, tiny_model: Path) -> None:
+def test_many_threads_get_what_one_gets(device: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks, one thread launches, since PyTorch keeps plans of convolutions for each thread."""
     engine = TorchEngine(tiny_model, device=device)
+    run, launchers = TorchSession.run_tensors, set[int]()
+
+    def noting(self: TorchSession, *arguments: Any) -> Any:
+        launchers.add(threading.get_ident())
+        return run(self, *arguments)
+
+    monkeypatch.setattr(TorchSession, "run_tensors", noting)
     wanted = {size: engine.run(pixels(*size), OUTPUTS) for size in SIZES}
     with ThreadPoolExecutor(8) as pool:
         for size, found in pool.map(lambda size: (size, engine.run(pixels(*size), OUTPUTS)), SIZES * 6):
             assert all(gap(found[name], wanted[size][name]) <= PROMISE for name in OUTPUTS)
+    assert len(launchers) == 1
 
 
 def test_an_image_that_may_not_be_written_is_taken_and_left_as_it_is(tiny_model: Path) -> None:
@@ -135,7 +144,12 @@ def test_a_file_for_batches_runs_alone_and_together(tmp_path: Path, tiny_model: 
 def test_images_of_one_size_run_without_masks_and_others_in_few_shapes(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = RaggedEngine(TorchEngine(tiny_model))
+    """On a device, that is; on a CPU no shape is worth padding for."""
+    engine = TorchEngine(tiny_model)
+    assert (engine.batch_size(61, 67, False), engine.batch_count(9)) == ((61, 67), 9)
+    monkeypatch.setattr(TorchEngine, "accelerated", True)
+    monkeypatch.setattr(TorchEngine, "zeros", OrtEngine.zeros)
+    together = RaggedEngine(engine)
     seen: list[tuple[bool, tuple[int, ...]]] = []
     run = TorchSession.run_tensors
 
@@ -145,30 +159,18 @@ def test_images_of_one_size_run_without_masks_and_others_in_few_shapes(
 
     monkeypatch.setattr(TorchSession, "run_tensors", noting)
     for shapes in ([(61, 67)] * 2, [(61, 67)], [(64, 72)], [(61, 67), (60, 68)], [(200, 131), (193, 142)]):
-        engine.run([pixels(*shape) for shape in shapes], ["logits"])
+        together.run([pixels(*shape) for shape in shapes], ["logits"])
+    together.run([pixels(64, 72)] * 9, ["logits"])
+    together.run([pixels(64, 71), pixels(63, 72)] * 6 + [pixels(64, 72)], ["logits"])
     assert seen == [
         (False, (2, 61, 67)),
         (True, (1, 64, 72)),
         (False, (1, 64, 72)),
         (True, (2, 64, 72)),
         (True, (2, 208, 144)),
+        (False, (10, 64, 72)),
+        (True, (14, 64, 72)),
     ]
-
-
-def test_warming_up_runs_every_kind_of_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TorchEngine(write_model(tmp_path / "picky.onnx", channels=4, least=40))
-    seen: set[tuple[bool, tuple[str, ...], int]] = set()
-    run = TorchSession.run_tensors
-
-    def noting(self: TorchSession, outputs: Sequence[str], feeds: dict[str, Any]) -> Any:
-        images = feeds["images"]
-        seen.add(("sizes" in feeds, tuple(name for name in outputs if name in OUTPUTS), images.shape[2]))
-        return run(self, outputs, feeds)
-
-    monkeypatch.setattr(TorchSession, "run_tensors", noting)
-    RaggedBatches(RaggedEngine(engine)).warm_up()
-    asked = [("logits",), ("features",), tuple(sorted(OUTPUTS))]
-    assert seen == {(masks, names, side) for masks in (True, False) for names in asked for side in (40, 224, 512)}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,49 @@ def test_a_batch_for_which_the_device_has_no_memory_is_split(
         lone.result()
     room[0] = 2
     assert ask(together, sources[:1])[0].result().classes, "and the next one is answered"
+
+
+def test_recorded_runs_are_given_up_for_an_image(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TorchEngine(tiny_model)
+    wanted, run, failures = engine.run(pixels(40, 30), ["logits"]), TorchSession.run_tensors, list[int]()
+
+    class Kept(Replays):
+        """As if there were recordings, so many times."""
+
+        left = 1
+
+        def clear(self) -> bool:
+            self.left -= 1
+            return self.left >= 0
+
+    def full(self: TorchSession, *arguments: Any) -> Any:
+        if failures and failures.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(engine._session._lane, "replays", Kept(lambda _: pytest.fail("on the CPU")))
+    monkeypatch.setattr(TorchSession, "run_tensors", full)
+    failures += [1]
+    assert gap(engine.run(pixels(40, 30), ["logits"])["logits"], wanted["logits"]) == 0, "their memory is enough"
+    failures += [1]
+    with pytest.raises(Overloaded):
+        engine.run(pixels(40, 30), ["logits"])
+    assert not failures
+
+
+@pytest.mark.gpu
+def test_sizes_that_come_again_are_replayed_on_a_gpu(tiny_model: Path) -> None:
+    engine = TorchEngine(tiny_model, device="cuda")
+    together, alone = RaggedEngine(engine), OrtEngine(tiny_model)
+    replays = engine._session._lane.replays
+    assert replays is not None
+    replays.clear()
+    for seed in range(6):
+        for shapes in ([(33, 31), (40, 20)], [(64, 64)], [(100, 120), (90, 120), (99, 110)]):
+            images = [pixels(*shape, seed) for shape in shapes]
+            for image, found in zip(images, together.run(images, OUTPUTS), strict=True):
+                assert all(gap(found[name], wanted) <= PROMISE for name, wanted in alone.run(image, OUTPUTS).items())
+    assert replays.clear(), "some were recorded"
 
 
 def test_pieces_are_the_whole(device: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -67,6 +68,26 @@ def test_pieces_in_any_order_are_the_whole(data: st.DataObject) -> None:
     for rows, columns in data.draw(st.permutations(places)):
         state.add(whole[:, rows, columns], rows.start, columns.start)
     np.testing.assert_allclose(state.finish(), reduced("map", whole, most), rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(SIDES, SIDES, st.integers(0, 45), st.integers(0, 40))
+def test_pieces_that_are_tensors_are_the_whole(height: int, width: int, most: int, cut: int) -> None:
+    whole = values(height, width)
+    state = MapState("map", 3, height, width, most)
+    for piece, top in ((whole[:, cut:], min(cut, height)), (whole[:, :cut], 0)):
+        state.add(torch.from_numpy(piece), top, 0)
+    np.testing.assert_allclose(state.finish(), reduced("map", whole, most), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [0, 7])
+def test_no_value_is_asked_for_before_the_end(most: int) -> None:
+    """On tensors without values."""
+    state = MapState("map", 3, 20, 30, most)
+    for top in (0, 10):
+        state.add(torch.empty(3, 10, 30, device="meta"), top, 0)
+    with pytest.raises(NotImplementedError):
+        state.finish()
 
 
 @pytest.mark.parametrize(

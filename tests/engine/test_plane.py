@@ -1,20 +1,25 @@
 """The data plane: models by name and version, and answers that no neighbour changes."""
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fullframe.engine.ort import OrtEngine
 from fullframe.engine.plane import EncodedImage, Plane, RawImage, open_plane
 from fullframe.engine.pooling import KINDS, Pooling, pool
 from fullframe.engine.query import Answer, Query
+from fullframe.engine.ragged import RaggedEngine
 from fullframe.errors import DeadlinePassed, InvalidInput, NotFound, Overloaded
-from fullframe.image import Limits, Picture
+from fullframe.image import Limits, Picture, Pixels
 from tests.models import LABELS, write_model
 from tests.pictures import encode, pixels
+from tests.serving import eventually
 
 SIZES = [(1, 1), (1, 500), (7, 5), (31, 33), (224, 224), (300, 451), (480, 640), (767, 1023)]
 EVERYTHING = Query(7, (Pooling.parse("avg+max@1,2"),), logits=True, feature_map=True, class_map=True)
@@ -137,20 +142,20 @@ def test_models_are_found_by_name_and_version(tmp_path: Path) -> None:
 
 
 def test_an_image_that_takes_more_memory_than_the_budget_is_refused(slow_model: Path) -> None:
-    """By the estimate: about 126 bytes a pixel, and as much in pieces, for which this one is too small."""
-    plane = open_plane([str(slow_model)], workers=1, memory_budget=10**8)
+    """By the estimate: about 126 bytes a pixel, and in pieces more than the budget too."""
+    plane = open_plane([str(slow_model)], workers=1, memory_budget=8 * 10**7)
     small, large = (opened(plane, raw(side, side)) for side in (700, 1000))
-    with pytest.raises(InvalidInput, match=r"takes 12\d MB of memory; at most 100 MB of memory .* a smaller image"):
+    with pytest.raises(InvalidInput, match=r"takes 1\d\d MB of memory; at most 80 MB of memory .* a smaller image"):
         plane.submit(plane.model(), [large], Query())
     first, second = plane.submit(plane.model(), [small, small], Query())
-    assert 5e7 < plane.counters().memory_in_flight < 10**8  # one of them runs at a time
+    assert 5e7 < plane.counters().memory_in_flight < 8e7  # one of them runs at a time
     assert bits(first.result()) == bits(second.result())
     assert plane.counters().memory_in_flight == 0
     plane.close()
 
 
 def test_memory_that_huge_images_take_is_refused_for_now(slow_model: Path) -> None:
-    plane = open_plane([str(slow_model)], workers=2, memory_budget=3 * 10**8, tile_pixels=10**6)
+    plane = open_plane([str(slow_model)], workers=2, memory_budget=25 * 10**7, tile_pixels=10**6)
     pictures = [opened(plane, raw(1200, 1200)) for _ in range(3)]
     [first] = plane.submit(plane.model(), pictures[:1], Query())
     [second] = plane.submit(plane.model(), pictures[1:2], Query())
@@ -173,6 +178,37 @@ def test_an_image_that_takes_too_much_memory_whole_is_computed_in_pieces(slow_mo
         answers.append(logits)
         plane.close()
     np.testing.assert_allclose(answers[1], answers[0], atol=1e-4)
+
+
+def test_on_a_device_others_are_decoded_while_a_batch_is_computed(
+    slow_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages alone: the device is a CPU here."""
+    run, go, batches = RaggedEngine.run, threading.Event(), list[int]()
+
+    def held(self: RaggedEngine, images: Sequence[Pixels], outputs: Sequence[str]) -> Any:
+        batches.append(len(images))
+        assert go.wait(30)
+        return run(self, images, outputs)
+
+    monkeypatch.setattr(RaggedEngine, "run", held)
+    monkeypatch.setattr(OrtEngine, "accelerated", True)
+    plane, alone = (open_plane([str(slow_model)], workers=2, batching=batching) for batching in ("auto", "one"))
+    first = submit(plane, EncodedImage(encode(pixels(40, 50))))
+    eventually(lambda: batches == [1])
+    rest = [submit(plane, EncodedImage(encode(pixels(40, 50, seed)))) for seed in range(1, 4)]
+    eventually(lambda: plane.counters().ready == 3)
+    assert (plane.counters().running, batches) == (1, [1])
+    time.sleep(0.05)
+    go.set()
+    for seed, future in enumerate([first, *rest]):
+        found, wanted = future.result().logits, submit(alone, raw(40, 50, seed)).result().logits
+        assert found is not None and wanted is not None
+        np.testing.assert_allclose(found, wanted, atol=1e-4 * max(1.0, np.abs(wanted).max()))
+        assert future is first or future.result().timings.queue >= 0.05, "ready is queued too"
+    assert batches == [1, 3]
+    for each in (plane, alone):
+        each.close()
 
 
 def test_a_low_image_however_wide_takes_no_memory_for_rows_that_it_has_not() -> None:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fullframe.engine.arrays import Array
+from fullframe.engine.kinds import GEM_FLOOR
 from fullframe.engine.pooling import (
-    GEM_FLOOR,
     KINDS,
     FloatArray,
     Pooling,
@@ -101,7 +102,7 @@ def cut(draw: Draw, tile: Tile, depth: int) -> list[Tile]:
     return [piece for half in halves for piece in cut(draw, half, depth - 1)]
 
 
-def pooled_in_pieces(draw: Draw, x: FloatArray, pooling: Pooling) -> FloatArray:
+def pooled_in_pieces(draw: Draw, x: Array, pooling: Pooling) -> FloatArray:
     """Random tiles, in random order, over several states merged as a random tree."""
     tiles = draw(st.permutations(cut(draw, (0, x.shape[1], 0, x.shape[2]), 4)))
     states = [pooling.begin(*x.shape) for _ in range(draw(st.integers(1, 4)))]
@@ -148,6 +149,27 @@ def test_whole_map_matches_the_formulas(x: FloatArray, pooling: Pooling) -> None
 @given(st.data(), maps(), poolings)
 def test_any_cut_in_any_order_gives_the_whole_answer(data: st.DataObject, x: FloatArray, pooling: Pooling) -> None:
     assert_same(pooled_in_pieces(data.draw, x, pooling), pool(x, pooling), x, pooling)
+
+
+@settings(max_examples=60)
+@given(st.data(), maps(), poolings)
+def test_pieces_that_are_tensors_give_it_too(data: st.DataObject, x: FloatArray, pooling: Pooling) -> None:
+    assert_same(pooled_in_pieces(data.draw, torch.from_numpy(x), pooling), pool(x, pooling), x, pooling)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_pieces_change_nothing(kind: str) -> None:
+    x = np.random.default_rng(6).normal(size=(3, 5, 7)).astype(np.float32)
+    pooling = Pooling((Term(kind),), (1, 2))
+    for each in (x, torch.from_numpy(x)):
+        state, empty = (pooling.begin(*x.shape) for _ in range(2))
+        state.merge(empty)
+        for top, bottom in ((0, 0), (0, 5), (5, 5)):
+            state.add(each[:, top:bottom], top, 0)
+        state.add(each[:, :, 3:3], 0, 3)
+        empty.merge(state)
+        for found in (state, empty):
+            assert_same(found.finish(), pool(x, pooling), x, pooling)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -226,12 +248,13 @@ def test_std_keeps_its_digits_beside_a_large_offset() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("of", [np.asarray, torch.from_numpy])
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_values(kind: str) -> None:
+def test_special_values(kind: str, of: Callable[[FloatArray], Array]) -> None:
     pooling = Pooling((Term(kind),), (1, 2))
     x = np.ones((2, 4, 4), np.float32)
     x[0, 1, 1] = np.nan
-    nan = np.isnan(pool(x, pooling)).reshape(5, 2)  # whole map, then four cells
+    nan = np.isnan(pool(of(x), pooling)).reshape(5, 2)  # whole map, then four cells
     np.testing.assert_array_equal(nan[:, 0], [True, True, False, False, False])
     assert not nan[:, 1].any()
 
@@ -246,12 +269,12 @@ def test_special_values(kind: str) -> None:
     }
     state = pooling.begin(2, 4, 4)
     for row in range(4):
-        state.add(x[:, row : row + 1], row, 0)
+        state.add(of(x)[:, row : row + 1], row, 0)
     expected = infinite.get(kind, (np.inf, -np.inf))
-    for vector in (pool(x, pooling), state.finish()):
+    for vector in (pool(of(x), pooling), state.finish()):
         np.testing.assert_allclose(vector[:2], expected, rtol=1e-6)
 
-    zeros = pool(np.zeros_like(x), pooling)
+    zeros = pool(of(np.zeros_like(x)), pooling)
     np.testing.assert_allclose(zeros, GEM_FLOOR if kind == "gem" else 0, rtol=1e-6)
     normalized = pool(np.zeros_like(x), Pooling((Term("avg"),), l2_normalize=True))
     np.testing.assert_array_equal(normalized, 0)
@@ -357,13 +380,11 @@ def test_text() -> None:
     ],
 )
 def test_bad_text_is_refused_with_what_would_be_right(text: str, message: str) -> None:
-    began = time.monotonic()
     with pytest.raises(InvalidInput) as error:
         Pooling.parse(text)
     assert message in str(error.value)
     assert len(str(error.value)) < 300
     assert error.value.field == "pooling"
-    assert time.monotonic() - began < 1
 
 
 def test_values_are_checked_without_text_too() -> None:

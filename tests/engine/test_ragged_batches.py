@@ -18,9 +18,10 @@ from fullframe.engine.ort import OrtEngine
 from fullframe.engine.plane import EncodedImage, Plane, RawImage, open_plane
 from fullframe.engine.pooling import Pooling
 from fullframe.engine.query import Answer, Query
-from fullframe.engine.ragged import MOST_PIXELS, MOST_WASTE, RaggedEngine, companions, padded, padded_size, side_class
+from fullframe.engine.ragged import MOST_PIXELS, MOST_WASTE, BatchSize, RaggedEngine, companions, padded
+from fullframe.engine.size_classes import count_class, side_class
 from fullframe.errors import DeadlinePassed, InvalidInput, InvalidModel
-from fullframe.image import Picture
+from fullframe.image import Picture, Pixels
 from fullframe.model.repository import BUNDLED, int8_copy
 from tests.models import write_model
 from tests.pictures import encode, pixels
@@ -44,13 +45,24 @@ SIZES = [
 sizes = st.tuples(st.integers(1, 400), st.integers(1, 400))
 
 
-@given(sizes, st.lists(sizes, max_size=40), st.integers(1000, MOST_PIXELS), st.booleans())
-def test_a_batch_pads_little(first: tuple[int, int], others: list[tuple[int, int]], most: int, few: bool) -> None:
-    chosen = companions(first, others, most, few_shapes=few)
+def exact(height: int, width: int, alike: bool) -> tuple[int, int]:
+    return height, width
+
+
+def classes(height: int, width: int, alike: bool) -> tuple[int, int]:
+    """As an accelerator's engine pads."""
+    return (height, width) if alike else (side_class(height), side_class(width))
+
+
+@given(sizes, st.lists(sizes, max_size=40), st.integers(1000, MOST_PIXELS), st.sampled_from([exact, classes]))
+def test_a_batch_pads_little(
+    first: tuple[int, int], others: list[tuple[int, int]], most: int, batch_size: BatchSize
+) -> None:
+    chosen = companions(first, others, most, batch_size)
     assert len(set(chosen)) == len(chosen)
     batch = [first, *(others[number] for number in chosen)]
     largest = max(h for h, _ in batch), max(w for _, w in batch)
-    height, width = padded_size(largest, len(set(batch)) == 1, few)
+    height, width = batch_size(*largest, len(set(batch)) == 1)
     paid, own = len(batch) * height * width, sum(h * w for h, w in batch)
     assert len(batch) == 1 or paid <= min((1 + MOST_WASTE) * own, most)
 
@@ -61,13 +73,9 @@ def test_alike_images_go_together() -> None:
     assert companions((1, 1), []) == []
 
 
-def test_few_shapes_are_enough_for_all_sizes() -> None:
-    classes = [side_class(side) for side in range(1, 4097)]
-    assert classes == sorted(classes)
-    assert all(side <= padded <= side * 9 / 8 for side, padded in enumerate(classes, 1))
-    assert len(set(classes)) == 16 + 8 * 8
-    assert companions((100, 100), [(100, 100), (101, 99)], few_shapes=True) == [0, 1]
-    assert companions((33, 33), [(33, 36)], few_shapes=False) == [0]
+def test_padding_to_classes_leaves_alike_images_alone() -> None:
+    assert companions((100, 100), [(100, 100), (101, 99)], batch_size=classes) == [0, 1]
+    assert companions((33, 33), [(33, 36)]) == [0]
 
 
 def test_padding_holds_the_images() -> None:
@@ -93,6 +101,28 @@ def test_each_image_gets_what_it_gets_alone_whoever_is_beside_it(
     for image, found in zip(images, together.run(images, OUTPUTS), strict=True):
         for name, wanted in alone.run(image, OUTPUTS).items():
             close(found[name], wanted)
+
+
+@pytest.mark.parametrize("shapes", [[(33, 31)] * 9, [(64, 61), (63, 64)] * 5 + [(61, 63)], [(40, 70), (5, 5)]])
+def test_a_batch_of_more_images_than_there_are(
+    tiny_model: Path, shapes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that fill it up to its class are of no account, and are not where they would be more than a quarter."""
+    alone, batches = OrtEngine(tiny_model), list[int]()
+
+    def zeros(self: OrtEngine, shape: tuple[int, ...]) -> Pixels:
+        batches.append(shape[0])
+        return np.zeros(shape, np.uint8)
+
+    monkeypatch.setattr(OrtEngine, "batch_size", staticmethod(classes))
+    monkeypatch.setattr(OrtEngine, "batch_count", lambda self, count: count_class(count) if count > 2 else 3)
+    monkeypatch.setattr(OrtEngine, "zeros", zeros)
+    images = [pixels(*shape, seed) for seed, shape in enumerate(shapes)]
+    found = RaggedEngine(alone).run(images, OUTPUTS)
+    assert batches == [{9: 10, 11: 12, 2: 2}[len(images)]]
+    for image, one in zip(images, found, strict=True):
+        for name, wanted in alone.run(image, OUTPUTS).items():
+            close(one[name], wanted)
 
 
 def test_a_small_image_is_refused_before_the_runtime_sees_it(tmp_path: Path) -> None:

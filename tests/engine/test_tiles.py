@@ -8,13 +8,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fullframe.engine import plane as planes
 from fullframe.engine.maps import MAX_MAP_BYTES
-from fullframe.engine.ort import OrtEngine
+from fullframe.engine.ort import OrtEngine, OrtSession
 from fullframe.engine.plane import Plane, RawImage, Served, open_plane
 from fullframe.engine.pooling import KINDS, Pooling
 from fullframe.engine.query import Answer, FloatArray, Query
@@ -121,6 +122,24 @@ def test_pieces_of_the_bundled_model_keep_the_promise(
         assert difference(wanted[name], found[name]) <= PROMISE / 2
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_huge_image_alone_is_computed_on_all_cores(
+    chain: OrtEngine, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    monkeypatch.setattr("fullframe.engine.ort.available_cores", lambda: 3)
+    opened: list[int] = []
+    on = OrtSession.on
+
+    def noted(session: OrtSession, threads: int) -> ort.InferenceSession:
+        opened.append(threads)
+        return on(session, threads)
+
+    monkeypatch.setattr(OrtSession, "on", noted)
+    tiler = Tiler(chain, piece_pixels=4000)
+    pieces = list(tiler.pieces(regions_of(pixels(300, 100)), MAPS, lambda: alone))
+    assert opened == [3 if alone else 1] * len(pieces) and len(pieces) > 2
+
+
 def test_without_what_is_carried_the_whole_is_not_met(chain: OrtEngine) -> None:
     """The control: strips that see nothing of the one before."""
     picture = pixels(200, 60)
@@ -209,6 +228,7 @@ class Huge(Picture):
 
     def __init__(self, height: int, width: int, on_read: Callable[[], None] = lambda: None) -> None:
         self.height, self.width, self.format = height, width, "raw"
+        self.random_access, self.opening_bytes = True, 0
         self.reads, self.closed, self._on_read = 0, False, on_read
 
     def pixels(self) -> Pixels:
@@ -216,6 +236,9 @@ class Huge(Picture):
 
     def regions(self, checkpoint: Callable[[], object] = lambda: None) -> Regions:
         return _HugeRegions(self)
+
+    def reading_bytes(self, rows: int) -> int:
+        return 0
 
     def read(self, height: int, width: int) -> Pixels:
         self.reads += 1

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,15 @@ import numpy as np
 import pytest
 import pyvips
 
-from fullframe.model.repository import BUNDLED
-from tests.image.forged import repeating_tiff
+from fullframe.engine.ort import OrtEngine
+from fullframe.engine.plane import open_plane
+from fullframe.engine.query import Query
+from fullframe.engine.tiles import Tiler, memory_for_pieces
+from fullframe.errors import InvalidInput
+from fullframe.image import Limits, Picture, open_encoded
+from fullframe.model.memory import bytes_per_pixel
+from fullframe.model.repository import BUNDLED, int8_copy
+from tests.image.forged import png, repeating_tiff
 from tests.pictures import pixels
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
@@ -71,11 +79,16 @@ def measure(path: Path, model: Path, tile_pixels: int = 4_000_000, patience: flo
     return Measured(*json.loads(done.stdout))
 
 
+def noise(height: int, width: int) -> pyvips.Image:
+    """Smooth, in colours."""
+    coarse = pyvips.Image.gaussnoise(width // 8 + 1, height // 8 + 1, mean=128, sigma=60, seed=1)
+    bands = [coarse.resize(8, vscale=8).crop(0, 0, width, height).linear(1, shift) for shift in (-10, 0, 10)]
+    return bands[0].bandjoin(bands[1:]).cast("uchar").copy(interpretation="srgb")
+
+
 def picture(height: int, width: int, path: Path) -> Path:
     """A JPEG of smooth noise."""
-    noise = pyvips.Image.gaussnoise(width // 8 + 1, height // 8 + 1, mean=128, sigma=60, seed=1)
-    bands = [noise.resize(8, vscale=8).crop(0, 0, width, height).linear(1, shift) for shift in (-10, 0, 10)]
-    bands[0].bandjoin(bands[1:]).cast("uchar").copy(interpretation="srgb").jpegsave(str(path), Q=80)
+    noise(height, width).jpegsave(str(path), Q=80)
     return path
 
 
@@ -86,6 +99,66 @@ def test_pieces_take_less_memory_than_the_whole_and_give_its_answer(tmp_path: Pa
     assert in_pieces.peak < 350 < 800 < whole.peak
     for measured in (in_pieces, whole):
         assert measured.taken < measured.estimate < 2 * measured.taken
+
+
+def encoded(height: int, width: int, format: str) -> Picture:
+    """A file of that size, of which the header will do."""
+    if format == "tiled tiff":
+        data = repeating_tiff(height, width, pixels(256, 256)[None])
+    else:
+        data = png(width, height, rows=b"")
+    return open_encoded(data, Limits(max_pixels=10**11, max_held_pixels=10**9))
+
+
+@pytest.mark.parametrize("model", [BUNDLED, int8_copy(BUNDLED)])
+def test_the_estimate_holds_what_can_be_counted(model: Path) -> None:
+    engine = OrtEngine(model)
+    tiler = Tiler(engine)
+    for height, width in ((600, 60_000), (6000, 6000), (60_000, 600), (100_000, 100_000)):
+        bands = list(tiler.bands(width))
+        widest = max(band.right - band.left for band in bands)
+        strip = max(bottom - top for top, bottom in pairwise(tiler.rows(height, widest)))
+        piece = bytes_per_pixel(model) * strip * widest
+        read = 3 * strip * widest
+        for format in ("tiled tiff", "png"):
+            if format == "png":
+                read = 3 * (512 + strip) * width  # libvips' rows behind the one that is read
+            # A tiled file is read band by band; of the others all bands have come as far as the rows that are read.
+            carried = engine.carried_bytes * (
+                widest if format == "tiled tiff" else sum(b.right - b.left for b in bands)
+            )
+            estimate = memory_for_pieces(engine, encoded(height, width, format))
+            assert piece + carried + read < estimate < 1.3 * (4 * piece + carried + read) + 10**8
+
+
+def test_how_wide_a_tiled_file_is_costs_next_to_nothing() -> None:
+    """Under a budget in which rows so long, which must be held, find no room."""
+    plane = open_plane([], limits=Limits(max_pixels=10**11, max_held_pixels=10**9), memory_budget=6 * 10**8)
+    model, query = plane.model(), Query()
+    [future] = plane.submit(model, [encoded(100_000, 100_000, "tiled tiff")], query)
+    taken = plane.counters().memory_in_flight
+    future.cancel()
+    with pytest.raises(InvalidInput, match="of memory; at most 600 MB"):
+        plane.submit(model, [encoded(100_000, 100_000, "png")], query)
+    plane.close()
+    narrow, high = (
+        memory_for_pieces(model.engine, encoded(height, width, "tiled tiff"))
+        for height, width in ((20_000, 20_000), (200_000, 20_000))
+    )
+    assert narrow < taken < 1.2 * narrow and high < 1.01 * narrow
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("format", ["jpg", "png", "tif", "tiled.tif"])
+@pytest.mark.parametrize("size", [(600, 60_000), (6000, 6000), (60_000, 600)])
+def test_the_estimate_is_above_what_is_taken_and_not_far(tmp_path: Path, size: tuple[int, int], format: str) -> None:
+    image = noise(*size)
+    path = tmp_path / f"p.{format}"
+    options = {"tile": True, "tile_width": 256, "tile_height": 256} if format == "tiled.tif" else {}
+    image.write_to_file(str(path), **options)
+    measured = measure(path, BUNDLED)
+    assert measured.taken < measured.estimate < 1.8 * measured.taken
 
 
 @pytest.mark.slow

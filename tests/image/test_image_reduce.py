@@ -4,25 +4,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullframe.image import Pixels, Regions, reduced
-from fullframe.image.regions import Checkpoint, HeldRegions, no_checkpoint
+from fullframe.image import Pixels, reduced
+from fullframe.image.source import RawPicture
 from tests.pictures import pixels
 
 
-class NeverWhole:
+class NeverWhole(RawPicture):
     """A picture that can be read in pieces alone."""
-
-    format = "raw"
-
-    def __init__(self, held: Pixels) -> None:
-        self.height, self.width, _ = held.shape
-        self._held = held
 
     def pixels(self) -> Pixels:
         raise AssertionError("it must not be held whole")
-
-    def regions(self, checkpoint: Checkpoint = no_checkpoint) -> Regions:
-        return HeldRegions(self._held)
 
 
 @given(st.integers(1, 700), st.integers(1, 90), st.integers(2, 9))

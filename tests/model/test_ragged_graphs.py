@@ -209,6 +209,7 @@ TRAPS: dict[str, list[Any]] = {
     "average pools count cells": [CONV3, AVERAGE3, AVERAGE3],
     "SqueezeNet, ceil_mode": [Window("Conv", (3, 3), (2, 2)), "Relu", CEILED[0], FIRE, "Relu", CEILED[0], FIRE],
     "ceil_mode averages": [CEILED[1], CONV3, CEILED_PADDED],
+    "ceil_mode, stride above kernel": [CONV1, Window("MaxPool", (2, 2), (3, 3), ceil_mode=True), CONV3],
     "unpadded pools": [CONV3, Window("MaxPool", (3, 3), (2, 2)), Window("AveragePool", (2, 2), (2, 2))],
     "Inception": [MAX3, Branches((CONV1, CONV3, Window("MaxPool", (3, 3), pads=(1, 1, 1, 1))), "Concat"), CONV3],
     "residual": [Branches((CONV3, CONV1), "Add"), "Relu", Branches((CONV3, CONV1), "Add")],
@@ -256,7 +257,7 @@ def test_divisors_that_are_not_mended_show() -> None:
     model = build(AVERAGE3)
     made = ragged_model(model)
     for node in made.graph.node:
-        if node.op_type == "Mul" and any(name.endswith(".pooled") for name in node.input):
+        if node.op_type == "Div" and any(name.endswith(".pooled") for name in node.input):
             node.CopyFrom(helper.make_node("Identity", [node.input[0]], [node.output[0]]))
     assert differences(session(model), session(made), images_of(BATCH))["feature_map"] > PROMISE
 

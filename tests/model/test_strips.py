@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from fullframe.errors import InvalidModel
-from fullframe.model.strips import Place, StripGraphs, strip_graphs
+from fullframe.model.repository import BUNDLED, int8_copy
+from fullframe.model.strips import Place, StripGraphs, carried_bytes, strip_graphs
+from tests.model.graphs import Builder
 from tests.models import write_model
 
 Array = NDArray[Any]
@@ -126,6 +128,38 @@ def test_strips_of_any_windows_make_the_whole(
     found = in_strips(graphs, image, rows)
     assert found.shape == whole.shape
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cell_has_the_same_bits_wherever_strips_begin(tmp_path: Path) -> None:
+    """Behind slices too, where a runtime that no longer knew the channels would choose another kernel."""
+    builder, random = Builder(), np.random.default_rng(0)
+
+    def conv(source: str, inputs: int, kernel: int, stride: int = 1) -> str:
+        weights = random.normal(0, 0.2, (16, inputs, kernel, kernel)).astype(np.float32)
+        named = builder.constant(f"w{len(builder.weights)}", weights)
+        made = builder.node("Conv", [source, named], pads=[kernel // 2] * 4, strides=[stride, stride])
+        return builder.node("Relu", [made])
+
+    stem = conv(builder.last, 3, 3, 2)
+    joined = builder.node("Concat", [conv(stem, 16, 1), conv(stem, 16, 3)], axis=1)
+    pooled = builder.node("AveragePool", [joined], kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2])
+    builder.node("Identity", [conv(pooled, 32, 3)], output="feature_map")
+    onnx.save(builder.model(), tmp_path / "m.onnx")
+    graphs = strip_graphs(tmp_path / "m.onnx")
+    image = random.integers(0, 256, (1, 200, 130, 3), np.uint8)
+    first, *others = (in_strips(graphs, image, rows) for rows in ([0, 100, 200], [0, 40, 80, 200], [0, 160, 200]))
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+
+
+def test_what_is_carried_is_known_to_the_byte(tmp_path: Path) -> None:
+    assert carried_bytes(write_model(tmp_path / "none.onnx", breaks_above=1000)) == 0  # it can't be cut
+    for path in (write_model(tmp_path / "m.onnx", depth=3), BUNDLED, int8_copy(BUNDLED)):
+        graphs, width = strip_graphs(path), 64
+        image = np.zeros((1, graphs.least + graphs.step, width, 3), np.uint8)
+        rests = [f"rest.{number}" for number in range(graphs.carries)]
+        carried = run(graphs.graphs["first"], {"images": image}, rests)
+        assert carried_bytes(path) == sum(each.nbytes for each in carried) / width > 0
 
 
 def test_a_carry_that_is_lost_shows(tmp_path: Path) -> None:

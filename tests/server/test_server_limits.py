@@ -16,6 +16,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status import rpc_status
 
 from fullframe import Client
+from fullframe.engine.opening import Opening
 from fullframe.engine.query import Answer
 from fullframe.v1 import vision_pb2 as pb
 from fullframe.v1.vision_pb2_grpc import VisionServiceStub
@@ -87,6 +88,27 @@ def test_more_than_could_ever_have_room(client: VisionServiceStub) -> None:
         client.Classify(classify(*[LARGE] * 5))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "send its images in several requests" in (caught.value.details() or "")
+
+
+def test_files_that_wait_to_be_opened_are_bounded_too(
+    here: InProcess, client: VisionServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that finds no room there is refused whole, and one alone in a stream waits."""
+    monkeypatch.setattr(here.plane, "_opening", Opening(most=1))
+    tiff = pb.Image(encoded=encode(pixels(16, 16), "TIFF"))
+    before = here.plane.counters()
+    with pytest.raises(grpc.RpcError) as caught:
+        client.Classify(classify(SMALL, *[tiff] * 40))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "wait to be opened" in (caught.value.details() or "")
+    assert int(trailers(caught.value)["grpc-retry-pushback-ms"]) > 0
+    eventually(lambda: here.plane.counters().opening == 0)
+    assert here.plane.counters().refused == before.refused + 1
+    assert here.plane.counters().created == before.created
+    assert client.Classify(classify(SMALL, tiff)).results[1].info.status.code == 0
+    requests = [pb.PredictStreamRequest(request_id=str(i), image=tiff) for i in range(5)]
+    responses = list(client.PredictStream(iter(requests)))
+    assert [response.result.info.status.code for response in responses] == [0] * 5
 
 
 def test_a_stream_waits_for_room(here: InProcess, client: VisionServiceStub) -> None:

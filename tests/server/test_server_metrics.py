@@ -75,10 +75,12 @@ def test_every_image_is_accounted_for_in_every_scrape(here: InProcess) -> None:
     with stub(here.target) as client:
         held = client.Classify.future(pb.ClassifyRequest(images=[LARGE, LARGE]))
         eventually(running)
+        scrapes.append(scrape(port))
         given_up = client.Classify.future(pb.ClassifyRequest(images=[SMALL]))
         eventually(lambda: here.plane.counters().queued == 2)
         given_up.cancel()
         eventually(lambda: here.plane.counters().cancelled == 1)
+        scrapes.append(scrape(port))
         with pytest.raises(grpc.RpcError) as refusal:
             client.Classify(pb.ClassifyRequest(images=[LARGE] * 4))
         assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -90,8 +92,8 @@ def test_every_image_is_accounted_for_in_every_scrape(here: InProcess) -> None:
     done.set()
     watcher.join()
     for found in scrapes:
-        waiting = found["fullframe_images_queued"] + found["fullframe_images_running"]
-        assert found["fullframe_images_admitted_total"] == waiting + sum(ends(found).values())
+        here_now = sum(found[f"fullframe_images_{state}"] for state in ("queued", "running", "ready"))
+        assert found["fullframe_images_admitted_total"] == here_now + sum(ends(found).values())
     assert len({found["fullframe_images_admitted_total"] for found in scrapes}) > 2, "the scrapes saw it happen"
     last = max(scrapes, key=lambda found: sum(ends(found).values()))
     assert ends(last) == {"finished": 4, "failed": 1, "cancelled": 1, "expired": 0}

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from fullframe import __version__
-from fullframe.errors import FullframeError
+from fullframe.errors import FullframeError, plainly
 
 # Name: where it is, and the line `fullframe --help` has for it. A subcommand is imported when it is run.
 COMMANDS: Final = {
@@ -44,6 +44,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = plainly(error.message)
+            raise
         except FullframeError as error:
             fail(str(error))
         except OSError as error:

@@ -87,12 +87,13 @@ def _served(server: str, name: str | None = None, version: str = "") -> "Iterato
 
 
 def _stored(specs: Sequence[str]) -> "Iterator[_Listed]":
+    from fullframe.engine.choice import open_model
     from fullframe.engine.ort import OrtEngine
     from fullframe.model.repository import BUNDLED_NAME, find_models
 
     files = find_models([] if list(specs) == [BUNDLED_NAME] else specs)
     for file in files:
-        yield _Listed(file.name, file.version, file.name == files[0].name, OrtEngine(file.path).contract)
+        yield _Listed(file.name, file.version, file.name == files[0].name, open_model(file, OrtEngine).contract)
 
 
 def _row(model: _Listed) -> tuple[str, ...]:

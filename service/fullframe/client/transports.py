@@ -15,7 +15,6 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from fullframe.client.core import Duplex, Source, Transport
 from fullframe.client.failures import error_from_call
-from fullframe.errors import Unavailable
 from fullframe.v1.vision_pb2_grpc import VisionServiceStub
 
 T = TypeVar("T")
@@ -29,7 +28,6 @@ _OPTIONS: Final = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5000),
 ]
-_FAILED_WRITE: Final = "Internal error from Core"  # grpc.aio's text
 _PARTING: Final = 1.0
 """Seconds to wait for a call's status once all its answers are there."""
 
@@ -229,19 +227,32 @@ class _AsyncSource:
         return await anext(self._images, _END)
 
 
+class _StatusFromServer:
+    """What grpc.aio holds of a call, without the INTERNAL that it puts in place of the status which the call has ended
+    with, where it hears of a failed write first."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def set_internal_error(self, text: str) -> None:
+        """End the write alone; the status comes once all responses have been read."""
+        raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), text)
+
+
 class _AsyncDuplex:
     """A response is always being read, so that `wait` can tell when it is there."""
 
     def __init__(self, call: Any, failure: Callable[[grpc.RpcError], Exception]) -> None:
         self._call, self._failure = call, failure
-        self._cut = False  # a request could not be sent
+        call._cython_call = _StatusFromServer(call._cython_call)
         self._response: asyncio.Task[Any] = asyncio.create_task(self._read())
 
     async def send(self, request: Message) -> None:
-        try:
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # `receive` raises it
             await self._call.write(request)
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            self._cut = True  # `receive` raises it
 
     async def wait(self, source: Source | None = None, timeout: float | None = None) -> None:
         if isinstance(source, _AsyncSource):
@@ -255,9 +266,6 @@ class _AsyncDuplex:
     async def receive(self) -> Any:
         response = await self._response
         if isinstance(response, grpc.aio.AioRpcError):
-            if response.code() is grpc.StatusCode.INTERNAL and (self._cut or response.details() == _FAILED_WRITE):
-                # grpc.aio's own status for a failed write, in place of the one that the call has ended with.
-                raise Unavailable("the connection broke off while an image was being sent") from response
             raise self._failure(response) from response
         if response is not None:
             self._response = asyncio.create_task(self._read())

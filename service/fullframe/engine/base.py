@@ -1,15 +1,15 @@
 """What runs a contract model: the seam between images and a runtime, ONNX Runtime or PyTorch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from fullframe.engine.arrays import Array
 from fullframe.engine.machine import available_memory
-from fullframe.engine.query import FloatArray
 from fullframe.errors import InvalidInput
 from fullframe.image import Pixels
 from fullframe.model.contract import INPUT, SIZES, Contract
@@ -21,11 +21,11 @@ class Session(Protocol):
     def run(
         self, outputs: Sequence[str], feeds: Mapping[str, Any], *, held: Collection[str] = (), alone: bool = False
     ) -> list[Any]:
-        """Compute outputs, as arrays.
+        """Compute outputs, as numpy arrays.
 
         Args:
             feeds: an array for each input, or what came back for a held output of a session of the same engine.
-            held: outputs that are only fed again: they stay where they were computed.
+            held: outputs that stay where they are computed: arrays that are not waited for.
             alone: no other image is being worked on.
         """
 
@@ -37,7 +37,6 @@ class Engine(ABC):
         path: the file.
         contract: its metadata, checked against its graph.
         title: the runtime and what it computes on, for people.
-        few_shapes: whether a shape that comes for the first time costs time, so that batches had better have few.
         large_pixels: an image of so many is computed by itself, with all that the machine has.
         piece_pixels: of the pieces that a huge image is computed in.
     """
@@ -45,7 +44,6 @@ class Engine(ABC):
     path: Path
     contract: Contract
     title: str
-    few_shapes: ClassVar[bool] = False
     large_pixels: ClassVar[int]
     piece_pixels: int
     _around_maps: ClassVar[float]
@@ -61,9 +59,15 @@ class Engine(ABC):
         """A session on a file or a serialized graph with this engine's settings; raises InvalidModel."""
 
     @abstractmethod
-    def run_batch(self, images: Pixels, outputs: Sequence[str], *, alone: bool = False) -> list[FloatArray]:
+    def run_batch(
+        self, images: Pixels, outputs: Sequence[str], *, held: Collection[str] = (), alone: bool = False
+    ) -> list[Array]:
         """Run the graph on images of one size, uint8 [N, H, W, 3], not below the smallest; outputs with their batch
-        axis."""
+        axis, held ones as a session's."""
+
+    def fence(self) -> Callable[[], object]:
+        """What waits, when called, for the end of all that this thread has launched so far."""
+        return lambda: None  # on a CPU nothing is left to do when a call has returned
 
     @cached_property
     def bytes_per_pixel(self) -> float:
@@ -73,22 +77,31 @@ class Engine(ABC):
 
         return self._around_maps * bytes_per_pixel(self.path)
 
-    def run(self, pixels: Pixels, outputs: Sequence[str], *, alone: bool = False) -> dict[str, FloatArray]:
+    @cached_property
+    def carried_bytes(self) -> float:
+        """Of memory, for each pixel of a huge image's width: what its strips carry; 0 where it can't be cut."""
+        from fullframe.model.strips import carried_bytes
+
+        return carried_bytes(self.path)
+
+    def run(
+        self, pixels: Pixels, outputs: Sequence[str], *, held: Collection[str] = (), alone: bool = False
+    ) -> dict[str, Array]:
         """Run the graph on one image.
 
         Args:
             pixels: uint8 [H, W, 3].
             outputs: names from the contract; only what they need is returned.
-            alone: no other image is being worked on.
+            held, alone: as a session's.
 
         Returns:
-            Each output without its batch axis.
+            Each output without its batch axis, float32.
 
         Raises:
             InvalidInput: the image is smaller than the graph can take.
         """
         self.check_size(*pixels.shape[:2])
-        results = self.run_batch(pixels[np.newaxis], outputs, alone=alone)
+        results = self.run_batch(pixels[np.newaxis], outputs, held=held, alone=alone)
         return {name: result[0] for name, result in zip(outputs, results, strict=True)}
 
     def check_size(self, height: int, width: int) -> None:
@@ -99,6 +112,18 @@ class Engine(ABC):
                 f"the image is {width}x{height} pixels; this model needs at least {least_width}x{least_height}",
                 "images",
             )
+
+    def batch_size(self, height: int, width: int, alike: bool) -> tuple[int, int]:
+        """What images in a batch are padded to, whose largest height and width are given.
+
+        Args:
+            alike: they are several, of one size; such a size is likely to come again.
+        """
+        return height, width
+
+    def batch_count(self, count: int) -> int:
+        """Of how many images a batch of so many had better be: as many, or more, to be padded with others."""
+        return count
 
     def available_memory(self) -> int:
         """Bytes of the memory that images are computed in."""

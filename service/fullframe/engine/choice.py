@@ -1,12 +1,15 @@
 """Which engine runs the models: ONNX Runtime, or PyTorch where there is a device for it."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from fullframe.errors import InvalidInput, InvalidModel
+from fullframe.model.repository import ModelFile
 
 if TYPE_CHECKING:  # the choice is a setting, which a command line reads before it knows that it needs an engine
     from fullframe.engine.base import Engine
@@ -18,6 +21,16 @@ Compute = Literal["float32", "bfloat16", "float16"]
 
 DRIVERS: Final = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 """One of these is there where a device is: on other machines nobody waits for PyTorch's import."""
+
+_PYTORCH: Final = {
+    # OpenMP's threads would spin between two operators, which takes the cores from those that decode, and from other
+    # processes, and an image may take several times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # oneDNN and what calls it would keep what was compiled for 1024 shapes each: of no use where all sizes differ.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "128",
+}
+"""The environment that PyTorch's libraries read when they are loaded, or first used; the user's own comes first."""
 
 
 def opener(engine: EngineName = "auto", compute: Compute = "float32") -> "Callable[[Path], Engine]":
@@ -41,6 +54,16 @@ def opener(engine: EngineName = "auto", compute: Compute = "float32") -> "Callab
     return _onnx_engine
 
 
+def open_model(file: ModelFile, open_engine: "Callable[[Path], Engine]") -> "Engine":
+    """The engine of a model's file; raises InvalidModel, which names the model where its file has another name."""
+    try:
+        return open_engine(file.path)
+    except InvalidModel as error:
+        if file.name == file.path.stem:
+            raise
+        raise InvalidModel(f"model {file.name!r}, version {file.version}: {error}") from error
+
+
 def _onnx_engine(path: Path) -> "Engine":
     from fullframe.engine.ort import OrtEngine
 
@@ -51,19 +74,26 @@ def _has_device() -> bool:
     """Whether PyTorch is installed and sees a CUDA or ROCm device."""
     if find_spec("torch") is None or not any(path.exists() for path in DRIVERS):
         return False
-    from fullframe.engine.fused import default_device
-
-    return default_device() != "cpu"
+    return bool(_fused().default_device() != "cpu")
 
 
 def _torch_engine() -> "Callable[..., Engine]":
     try:
-        from fullframe.engine.fused import TorchEngine
+        engine: Callable[..., Engine] = _fused().TorchEngine
     except ModuleNotFoundError as error:
         raise InvalidInput(
             f"the torch engine needs {error.name}, of the gpu extra: pip install 'fullframe[gpu]'", "engine"
         ) from error
-    return TorchEngine
+    return engine
+
+
+def _fused() -> ModuleType:
+    """The torch engine's module, which imports PyTorch; raises ModuleNotFoundError."""
+    for name, value in _PYTORCH.items():
+        os.environ.setdefault(name, value)
+    from fullframe.engine import fused
+
+    return fused
 
 
 def _either(on_torch: "Callable[[Path], Engine]", path: Path) -> "Engine":

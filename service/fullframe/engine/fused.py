@@ -1,7 +1,7 @@
 """A contract model on PyTorch with fused kernels: images up to a device, answers down, the next batch meanwhile."""
 
-import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fullframe.engine.arrays import Array
 from fullframe.engine.base import Engine
 from fullframe.engine.choice import Compute
-from fullframe.engine.graph import TorchSession
-from fullframe.engine.query import FloatArray
+from fullframe.engine.graph import CudaGraphs, Replays, TorchSession
+from fullframe.engine.size_classes import count_class, side_class
 from fullframe.errors import Overloaded
 from fullframe.image import Pixels
 from fullframe.model.contract import Contract
@@ -28,33 +29,52 @@ _RETRY_AFTER: Final = 1.0
 class Lane:
     """The way to a device and back, for all sessions on it.
 
-    One graph is launched at a time. On a CUDA or ROCm device a launch does not wait for its end: while the device
-    computes, other threads copy their images up, launch the next graph and copy answers down, on streams of their own.
+    Graphs are launched one at a time, by a thread of the lane's: what PyTorch keeps of a shape's convolutions, it keeps
+    for each thread by itself, and a second launch would only wait for the first's kernels. On a CUDA or ROCm device a
+    launch does not wait for its end: while the device computes, other threads copy their images up and answers down,
+    on streams of their own, and the next graph is launched.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._launching = device, threading.Lock()
+        self._device = device
+        self._launcher = ThreadPoolExecutor(1, "fullframe-launch")
         on_gpu = device.type == "cuda"
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else []  # type: ignore[no-untyped-call]
+        self.replays = Replays(CudaGraphs(device)) if on_gpu else None
 
     def run(
         self, session: TorchSession, outputs: Sequence[str], feeds: Mapping[str, Any], held: Collection[str]
     ) -> list[Any]:
         """As Session.run."""
         tensors = {name: each if isinstance(each, Tensor) else self._upload(each) for name, each in feeds.items()}
-        if not self._streams:
-            with self._launching, torch.inference_mode():
-                found = session.run_tensors(outputs, tensors)
+        there = self._streams[0].record_event() if self._streams else None
+        found, done = self._launcher.submit(self._launch, session, outputs, tensors, there).result()
+        if done is None:
             return _on_host(outputs, found, held)
-        up, down = self._streams
-        here, there = torch.cuda.current_stream(self._device), up.record_event()
-        with self._launching, torch.inference_mode():
-            here.wait_event(there)
-            found = session.run_tensors(outputs, tensors)
-            done = here.record_event()
+        down = self._streams[1]
         with torch.cuda.stream(down):
             down.wait_event(done)
             return _on_host(outputs, found, held)
+
+    def give_back(self) -> bool:
+        """Give the device memory that is kept for the next run; whether recorded runs were among it."""
+        return self._launcher.submit(self._give_back).result()
+
+    def _launch(
+        self, session: TorchSession, outputs: Sequence[str], feeds: Mapping[str, Tensor], there: torch.Event | None
+    ) -> tuple[list[Tensor], torch.Event | None]:
+        """The outputs of feeds that are there after an event, and the event after which the outputs are."""
+        with torch.inference_mode():
+            if there is None:
+                return session.run_tensors(outputs, feeds), None
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(there)
+            return session.run_tensors(outputs, feeds), here.record_event()
+
+    def _give_back(self) -> bool:
+        had = self.replays is not None and self.replays.clear()
+        torch.cuda.empty_cache()
+        return had
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
@@ -90,12 +110,14 @@ class DeviceSession:
     ) -> list[Any]:
         """As Session.run; raises Overloaded where the device has not the memory."""
         names = sorted(outputs)  # in one order, since each is a program of its own
-        try:
-            found = dict(zip(names, self._lane.run(self.graph, names, feeds, held), strict=True))
-            return [found[name] for name in outputs]
-        except torch.OutOfMemoryError:
-            pass  # what follows is outside the handler: with the error, all that it holds of the run is gone
-        torch.cuda.empty_cache()
+        again = True
+        while again:
+            try:
+                found = dict(zip(names, self._lane.run(self.graph, names, feeds, held), strict=True))
+                return [found[name] for name in outputs]
+            except torch.OutOfMemoryError:
+                pass  # what follows is outside the handler: with the error, all that it holds of the run is gone
+            again = self._lane.give_back()
         raise Overloaded("the device has no memory for this image now; send it again later", _RETRY_AFTER)
 
 
@@ -114,7 +136,6 @@ class TorchEngine(Engine):
             message.
     """
 
-    few_shapes = True
     large_pixels = 2_000_000
     _around_maps = 3.0  # measured 1.0 to 2.8
 
@@ -140,11 +161,21 @@ class TorchEngine(Engine):
 
     def open_session(self, model: Path | bytes) -> DeviceSession:
         """As Engine's."""
-        return DeviceSession(TorchSession(model, device=self._device, dtype=self._dtype), _lane(self._device))
+        lane = _lane(self._device)
+        return DeviceSession(TorchSession(model, device=self._device, dtype=self._dtype, replays=lane.replays), lane)
 
-    def run_batch(self, images: Pixels, outputs: Sequence[str], *, alone: bool = False) -> list[FloatArray]:
+    def run_batch(
+        self, images: Pixels, outputs: Sequence[str], *, held: Collection[str] = (), alone: bool = False
+    ) -> list[Array]:
         """As Engine's."""
-        return self._session.run(outputs, self._feeds(images))
+        return self._session.run(outputs, self._feeds(images), held=held)
+
+    def fence(self) -> Callable[[], object]:
+        """As Engine's."""
+        if not self.accelerated:
+            return super().fence()
+        wait: Callable[[], object] = torch.cuda.current_stream(self._device).record_event().synchronize
+        return wait
 
     @cached_property
     def bytes_per_pixel(self) -> float:
@@ -156,6 +187,15 @@ class TorchEngine(Engine):
         before = torch.cuda.memory_allocated(self._device)
         self.run_batch(self.zeros((1, height, width, 3)), self.contract.outputs)
         return (torch.cuda.max_memory_allocated(self._device) - before) / (height * width)
+
+    def batch_size(self, height: int, width: int, alike: bool) -> tuple[int, int]:
+        """As Engine's: on a device a class of sizes, unless alike."""
+        exact = alike or not self.accelerated
+        return (height, width) if exact else (side_class(height), side_class(width))
+
+    def batch_count(self, count: int) -> int:
+        """As Engine's: on a device a class of numbers."""
+        return count_class(count) if self.accelerated else count
 
     def available_memory(self) -> int:
         """As Engine's: what is free on the device and in PyTorch's cache of it, or the host's if that is less."""

@@ -30,9 +30,11 @@ class Job:
         wide: it is computed on all cores, so that two at once would gain nothing: one runs at a time, and leaves the
             other workers to the rest. A job in steps is.
         memory: bytes that it takes while it runs; in steps, from its first to its last.
-        together: a worker that takes the job also takes others that have this same object and that it chooses. `work`
-            then only prepares: what it returns is a part of what they are worked on together.
+        together: it is worked on together with others that have this same object and that it chooses. `work` then only
+            prepares: what it returns is the job's part of what they are worked on together. While it is prepared and
+            waits for that it can be cancelled, and its deadline can pass.
         shape: height and width, for that choice.
+        held: bytes that it takes from the beginning of its preparation until it is worked on; `memory` from then on.
     """
 
     pixels: int
@@ -42,13 +44,14 @@ class Job:
     memory: int = 0
     together: "Together | None" = None
     shape: tuple[int, int] = (0, 0)
+    held: int = 0
 
 
 class Together(Protocol):
     """How jobs are worked on together."""
 
     def choose(self, first: Job, others: Sequence[Job]) -> Sequence[int]:
-        """The numbers of those among the others, which wait, that are to go with the first."""
+        """The numbers of those among the others, some waiting or all prepared, that are to go with the first."""
 
     def work(self, prepared: Sequence[Any]) -> Sequence[Any]:
         """For each of what jobs prepared its result, or the exception that is its own failure."""
@@ -63,32 +66,37 @@ class Budget(NamedTuple):
 
 @dataclass(slots=True)
 class Counters:
-    """What became of the jobs: created = queued + running + finished + failed + cancelled + expired, always.
+    """What became of the jobs: created = queued + running + ready + finished + failed + cancelled + expired, always.
 
-    A job that is cancelled at its deadline, or later, has expired. `refused` requests never became jobs;
-    `pixels_in_flight` counts queued and running jobs, `memory_in_flight` the bytes that these could hold at once.
+    `ready` jobs have been prepared and wait to be worked on together. A job that is cancelled at its deadline, or
+    later, has expired. `refused` requests never became jobs, and images that are `opening` have not yet.
+    `pixels_in_flight` counts queued, running and ready jobs, `memory_in_flight` the bytes that they could hold at once.
     """
 
     created: int = 0
     queued: int = 0
     running: int = 0
+    ready: int = 0
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
     expired: int = 0
     refused: int = 0
+    opening: int = 0
     pixels_in_flight: int = 0
     memory_in_flight: int = 0
 
 
 class Taken:
-    """What jobs in flight take, on so many workers."""
+    """What jobs in flight take, on so many workers; `batches` and `ready` as stages.Stages has them."""
 
-    def __init__(self, workers: int, jobs: Sequence[Job] = ()) -> None:
-        self._workers = workers
-        self._pixels = self._stepping = 0
+    def __init__(self, workers: int, batches: int, ready: int, jobs: Sequence[Job] = ()) -> None:
+        self._workers, self._batches, self._ready = workers, batches, ready
+        self._pixels = self._stepping = self._held = 0
         self._wide: list[int] = []  # bytes, in order
         self._narrow: list[int] = []
+        self._batched: list[int] = []
+        self._prepared: list[int] = []  # bytes held, in order
         for job in jobs:
             self.add(job)
 
@@ -97,22 +105,37 @@ class Taken:
         self._pixels += job.pixels
         if job.in_steps:
             self._stepping += job.memory
-        else:
+        elif job.together is None:
             insort(self._wide if job.wide else self._narrow, job.memory)
+        else:
+            insort(self._batched, job.memory)
+            insort(self._prepared, job.held)
+            self._held += job.held
 
     def remove(self, job: Job) -> None:
         """Count one that was added no more."""
         self._pixels -= job.pixels
         if job.in_steps:
             self._stepping -= job.memory
+        elif job.together is None:
+            _discard(self._wide if job.wide else self._narrow, job.memory)
         else:
-            found = self._wide if job.wide else self._narrow
-            del found[bisect_left(found, job.memory)]
+            _discard(self._batched, job.memory)
+            _discard(self._prepared, job.held)
+            self._held -= job.held
 
     def total(self) -> Budget:
-        """At the worst: the largest run together, and all that go in steps have begun."""
+        """At the worst: the largest run at once, all that go in steps have begun, and as many are ready as may be."""
         largest = self._narrow[-self._workers :]
+        ready = 0
+        if self._batched:
+            largest = sorted(largest + self._batched[-self._batches :])[-self._workers :]
+            ready = min(self._held, max(self._ready, self._prepared[-1]))
         crowd = sum(largest)
         if self._wide:
             crowd = max(crowd, self._wide[-1] + sum(largest[1:] if len(largest) == self._workers else largest))
-        return Budget(self._pixels, self._stepping + crowd)
+        return Budget(self._pixels, self._stepping + crowd + ready)
+
+
+def _discard(ordered: list[int], value: int) -> None:
+    del ordered[bisect_left(ordered, value)]

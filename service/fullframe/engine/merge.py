@@ -1,4 +1,4 @@
-"""The pieces of an image's maps -> its answer: sums, largest values and maps that grow as pieces come."""
+"""The pieces of an image's maps -> its answer: sums, largest values and maps that grow where the pieces are."""
 
 from fullframe.engine.answer import best_classes
 from fullframe.engine.maps import MapState
@@ -44,12 +44,12 @@ class Merging:
         self.outputs = sorted({name for name, _ in self._states}) or ["feature_map"]
 
     def add(self, piece: Piece) -> None:
-        """Count a piece."""
+        """Count a piece; for a device's computation nothing waits."""
         for name, state in self._states:
             state.add(piece.maps[name], piece.top, piece.left)
 
     def answer(self, height: int, width: int) -> Answer:
-        """The answer, once every piece is there."""
+        """The answer, once every piece is there and computed."""
         logits = None if self._logits is None else self._logits.finish()
         if logits is not None and self._head is not None:
             logits = self._head(logits)

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import onnxruntime as ort
 
+from fullframe.engine.arrays import Array
 from fullframe.engine.base import Engine
 from fullframe.engine.machine import available_cores
-from fullframe.engine.query import FloatArray
 from fullframe.errors import InvalidModel
 from fullframe.image import Pixels
 from fullframe.model.contract import Contract, TensorInfo
@@ -102,7 +102,9 @@ class OrtEngine(Engine):
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return options if self._arena else None
 
-    def run_batch(self, images: Pixels, outputs: Sequence[str], *, alone: bool = False) -> list[FloatArray]:
+    def run_batch(
+        self, images: Pixels, outputs: Sequence[str], *, held: Collection[str] = (), alone: bool = False
+    ) -> list[Array]:
         """As Engine's. It counts on the smallest size: a pool with an empty output would end the process."""
         pixels = images.shape[1] * images.shape[2]
         large = pixels >= self.large_pixels
@@ -129,6 +131,8 @@ class OrtEngine(Engine):
             # Graphs made of a model's, strips above all, have many short operators: threads that spin between them
             # take half as much again, for nothing.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            # As the nodes are listed: by default what a strip carries is cut off last, and all its maps live till then.
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         try:
             return ort.InferenceSession(model, options, providers=[_CPU])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base

@@ -4,18 +4,19 @@ import hashlib
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Final
 
 from fullframe.defaults import MAX_PIXELS_IN_FLIGHT, TILE_PIXELS
 from fullframe.engine.answer import answer_from, outputs_for
 from fullframe.engine.base import Engine
-from fullframe.engine.choice import Compute, EngineName, opener
+from fullframe.engine.choice import Compute, EngineName, open_model, opener
 from fullframe.engine.jobs import Batching, Budget, Counters, Job, Turn
 from fullframe.engine.machine import available_cores, available_memory
 from fullframe.engine.merge import Merging
+from fullframe.engine.opening import Opening
 from fullframe.engine.progress import OnShare, unheard
 from fullframe.engine.query import Answer, Query, Timings
 from fullframe.engine.ragged import MASKS_SHARE, MOST_PIXELS, Decoded, RaggedBatches, ragged_engine
@@ -30,6 +31,8 @@ _SHARE_OF_MEMORY: Final = 0.75  # that images may take, unless told
 
 _making_tilers: Final = threading.Lock()
 _DECODED_BYTES: Final = 6  # for each pixel, the decoder's own included
+_ON_DEVICE: Final = 2  # batches at once: one is computed while the next one goes up and its launches are queued
+_READY_BATCHES: Final = 2  # of which the images are decoded and wait
 _STEP: Final = 0.1  # seconds that a huge image is worked on before others have their turn
 
 # The header of such a file is read sooner than another thread could be told to; other formats have long ones.
@@ -95,7 +98,8 @@ class Plane:
     Args:
         models: what to serve; an empty name means the newest of those that are `default`.
         limits: what an image may be.
-        workers: images worked on at once; 0 for one on each core.
+        workers: images worked on at once, batches counted as one; 0 for one on each core, and two more for batches on
+            a device.
         max_pixels_in_flight: pixels queued and computed together; what would be more is refused.
         memory_budget: bytes that images may take at once, by an estimate; what would be more is refused. 0: three
             quarters of the machine's or the container's, or of what is free on the device, if that is less.
@@ -123,12 +127,17 @@ class Plane:
         least = min((model.engine.available_memory() for model in models), default=available_memory())
         memory = memory_budget or round(_SHARE_OF_MEMORY * least)
         budget = Budget(max_pixels_in_flight, memory)
-        workers = workers or available_cores()
-        # The workers' batches take half of the memory, so that other images find room.
-        self._together = dict(_batches(models, batching, budget.memory // 2 // workers))
-        self._memory_budget, self._scheduler = budget.memory, Scheduler(workers, budget)
-        # Headers are read beside the queue, since admission needs their sizes.
-        self._openers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="fullframe-open")
+        accelerated = any(model.engine.accelerated for model in models)
+        workers = workers or available_cores() + (_ON_DEVICE if accelerated else 0)
+        # On a CPU each worker computes; on a device a few do, so that the others decode meanwhile.
+        batches = min(_ON_DEVICE, max(1, workers - 1)) if accelerated else workers
+        # They take half of the memory, so that other images find room.
+        self._together = dict(_batches(models, batching, budget.memory // 2, batches))
+        most_pixels = max((each.most_pixels for each in self._together.values()), default=0)
+        ready = _READY_BATCHES * _DECODED_BYTES * most_pixels
+        self._memory_budget = budget.memory
+        self._scheduler = Scheduler(workers, budget, batches=batches, ready=ready)
+        self._opening = Opening()
 
     def models(self) -> list[Served]:
         """Every model and version, in the order given at the start."""
@@ -168,6 +177,7 @@ class Plane:
 
         Raises, now or from the future:
             InvalidInput: this is no image or is beyond the limits.
+            Overloaded: too many wait for such a thread.
         """
         limits = limits or self.limits
         if isinstance(source, RawImage):
@@ -175,7 +185,7 @@ class Plane:
         data = source.data
         if isinstance(data, bytes) and len(data) <= _QUICK_BYTES and data.startswith(_QUICK_SIGNATURES):
             return open_encoded(data, limits)
-        return self._openers.submit(open_encoded, data, limits)
+        return self._opening.submit(data, limits)
 
     def submit(
         self,
@@ -199,28 +209,34 @@ class Plane:
         memory = round(pixels * (_DECODED_BYTES + model.engine.bytes_per_pixel))
         huge = pixels > self._tile_pixels
         if huge or memory > self._memory_budget:
-            in_pieces = memory_for_pieces(model.engine, picture.height, picture.width)
+            in_pieces = memory_for_pieces(model.engine, picture)
             if huge or memory > in_pieces:
                 pieces = partial(_answer_in_pieces, model, picture, query, on_progress)
                 return Job(min(pixels, self._tile_pixels), pieces, in_steps=True, memory=in_pieces)
         large = pixels >= model.engine.large_pixels
-        together = None if large else self._together.get(model)
-        if together is not None:
-            work = partial(_decode, model, picture, query, outputs)
-            memory = round(max(pixels, together.most_pixels) * _batch_bytes(model))  # of all that it may go with
-            return Job(pixels, work, memory=memory, together=together, shape=(picture.height, picture.width))
+        together = self._together.get(model)
+        if together is not None and not large and pixels <= together.most_pixels:
+            return Job(
+                pixels,
+                partial(_decode, model, picture, query, outputs),
+                memory=round(together.most_pixels * _batch_bytes(model)),  # of all that it may go with
+                together=together,
+                shape=(picture.height, picture.width),
+                held=_DECODED_BYTES * pixels,
+            )
         return Job(pixels, partial(_answer, model, picture, query, outputs), wide=large, memory=memory)
 
     def warm_up(self) -> None:
         """Do what the first image would otherwise wait for: read the models' graphs for their memory, run them."""
         for model in self._models:
-            _ = model.engine.bytes_per_pixel
+            _ = model.engine.bytes_per_pixel, model.engine.carried_bytes
             if model.engine.accelerated and (together := self._together.get(model)) is not None:
                 together.warm_up()
 
     def counters(self) -> Counters:
-        """What became of every image submitted."""
-        return self._scheduler.counters()
+        """What became of every image submitted, and how many are on their way to be."""
+        counters, (opening, refused) = self._scheduler.counters(), self._opening.counts()
+        return replace(counters, opening=opening, refused=counters.refused + refused)
 
     def healthy(self) -> bool:
         """Whether images can be worked on."""
@@ -232,7 +248,7 @@ class Plane:
 
     def close(self) -> None:
         """Cancel what is queued, finish what runs, end all threads."""
-        self._openers.shutdown(cancel_futures=True)
+        self._opening.close()
         self._scheduler.close()
 
 
@@ -253,7 +269,7 @@ def open_plane(
     `compute` choose (engine.choice.opener) and start the workers."""
     open_engine = opener(engine, compute)
     files = find_models(specs, precision)
-    models = [Served(f.name, f.version, f.name == files[0].name, open_engine(f.path)) for f in files]
+    models = [Served(f.name, f.version, f.name == files[0].name, open_model(f, open_engine)) for f in files]
     for model in models:
         _ = model.digest  # while the file is still what was loaded
     return Plane(
@@ -267,11 +283,15 @@ def open_plane(
     )
 
 
-def _batches(models: Sequence[Served], batching: Batching, memory: int) -> Iterator[tuple[Served, RaggedBatches]]:
-    """Those models whose images are computed together, in batches that take so many bytes at most."""
+def _batches(
+    models: Sequence[Served], batching: Batching, memory: int, count: int
+) -> Iterator[tuple[Served, RaggedBatches]]:
+    """Those models whose images are computed together, in batches of which `count`, and the images decoded for the
+    next ones, take so many bytes at most."""
     for model in models:
         if (engine := ragged_engine(model.engine, batching)) is not None:
-            yield model, RaggedBatches(engine, min(MOST_PIXELS, int(memory / _batch_bytes(model))))
+            bytes_per_pixel = count * _batch_bytes(model) + _READY_BATCHES * _DECODED_BYTES
+            yield model, RaggedBatches(engine, min(MOST_PIXELS, int(memory / bytes_per_pixel)))
 
 
 def _batch_bytes(model: Served) -> float:
@@ -319,7 +339,7 @@ def _answer_in_pieces(
         for piece in tiler.pieces(regions, merging.outputs, is_alone):
             merging.add(piece)
             decoded += piece.read_seconds
-            cells += next(iter(piece.maps.values()))[0].size
+            cells += piece.cells
             on_progress(cells / (rows * columns))
             if (spent := time.monotonic() - started) > _STEP:
                 worked += spent

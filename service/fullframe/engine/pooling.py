@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -13,197 +12,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fullframe.engine.arrays import Array, namespace, on_host
+from fullframe.engine.kinds import MAKERS
 from fullframe.errors import InvalidInput, quoted
 
 FloatArray = NDArray[np.float32]
-DoubleArray = NDArray[np.float64]
-CountArray = NDArray[np.int64]
 
 MAX_TERMS = 8
 MAX_LEVELS = 8
 MAX_LEVEL = 64
 MAX_VECTORS = 4096
 """Most values per channel in one vector: terms times the cells of all levels."""
-GEM_FLOOR = 1e-6
-"""Generalised mean pooling lifts smaller values to this one."""
 
 _MIN_P = 1e-3  # below it the root 1/p amplifies float64 rounding past float32
-_CHUNK = 1 << 15  # values widened to float64 at a time: 256 KiB stays in cache
-
-
-class _Kind(ABC):
-    """A commutative monoid over float64 states [rows, ..., C], one column per channel."""
-
-    identity: tuple[float, ...]
-    """One value per row of the state."""
-
-    @abstractmethod
-    def lift(self, block: FloatArray) -> DoubleArray:
-        """The state [rows, C] of a block [C, h, w] of at least one cell."""
-
-    @abstractmethod
-    def combine(self, a: DoubleArray, b: DoubleArray, n_a: CountArray, n_b: CountArray) -> DoubleArray:
-        """The state of both; the counts of values behind them broadcast against one row."""
-
-    @abstractmethod
-    def finish(self, state: DoubleArray, n: CountArray) -> DoubleArray:
-        """The pooled values [..., C]."""
-
-
-class _Fold(_Kind):
-    """One running value: sum, max, min, and with `mean` the average."""
-
-    def __init__(self, ufunc: np.ufunc, identity: float, mean: bool = False) -> None:
-        self.identity = (identity,)
-        self._ufunc, self._mean = ufunc, mean
-        self._dtype = np.float64 if ufunc is np.add else None  # comparing needs no widening
-
-    def lift(self, block: FloatArray) -> DoubleArray:
-        return np.asarray(self._ufunc.reduce(block, axis=(1, 2), dtype=self._dtype), np.float64)[None]
-
-    def combine(self, a: DoubleArray, b: DoubleArray, n_a: CountArray, n_b: CountArray) -> DoubleArray:
-        return np.asarray(self._ufunc(a, b), np.float64)
-
-    def finish(self, state: DoubleArray, n: CountArray) -> DoubleArray:
-        return np.asarray(state[0] / n if self._mean else state[0], np.float64)
-
-
-class _PeakSum(_Kind):
-    """A sum of weights relative to the peak so far, so that no power or exponential overflows."""
-
-    def lift(self, block: FloatArray) -> DoubleArray:
-        state = np.empty((2, len(block)))
-        for channels, values in _chunks(block):
-            values = self._value(values)
-            peak = values.max(axis=1)
-            base = self._usable(peak)[:, None]
-            state[:, channels] = peak, self._weight(values, base).sum(axis=1)
-        return state
-
-    def combine(self, a: DoubleArray, b: DoubleArray, n_a: CountArray, n_b: CountArray) -> DoubleArray:
-        peak = np.maximum(a[0], b[0])
-        # The equal side keeps its sum: an infinite or zero peak has no ratio or difference to itself.
-        total = sum(s[1] * np.where(s[0] == peak, 1.0, self._weight(s[0], peak)) for s in (a, b))
-        return np.stack([peak, np.asarray(total)])
-
-    @abstractmethod
-    def _value(self, x: DoubleArray) -> DoubleArray:
-        """What is compared with the peak."""
-
-    @abstractmethod
-    def _weight(self, value: DoubleArray, peak: DoubleArray) -> DoubleArray:
-        """At most 1, and 1 where they are equal."""
-
-    @abstractmethod
-    def _usable(self, peak: DoubleArray) -> DoubleArray:
-        """The peak, replaced where a weight relative to it would be undefined."""
-
-
-class _PowerSum(_PeakSum):
-    """(sum or mean of value^p)^(1/p)."""
-
-    identity = (0.0, 0.0)
-
-    def __init__(self, value: Callable[[DoubleArray], DoubleArray], p: float, mean: bool) -> None:
-        self._to_value, self._p, self._mean = value, p, mean
-
-    def finish(self, state: DoubleArray, n: CountArray) -> DoubleArray:
-        peak, total = state
-        return np.asarray(peak * (total / n if self._mean else total) ** (1 / self._p), np.float64)
-
-    def _value(self, x: DoubleArray) -> DoubleArray:
-        return self._to_value(x)
-
-    def _weight(self, value: DoubleArray, peak: DoubleArray) -> DoubleArray:
-        return _power(value / peak, self._p)
-
-    def _usable(self, peak: DoubleArray) -> DoubleArray:
-        return np.where((peak == 0) | np.isinf(peak), 1.0, peak)
-
-
-class _LogMeanExp(_PeakSum):
-    """log(mean exp(p x)) / p."""
-
-    identity = (-math.inf, 0.0)
-
-    def __init__(self, p: float) -> None:
-        self._p = p
-
-    def finish(self, state: DoubleArray, n: CountArray) -> DoubleArray:
-        peak, total = state
-        return np.asarray(peak + np.log(total / n) / self._p, np.float64)
-
-    def _value(self, x: DoubleArray) -> DoubleArray:
-        return x
-
-    def _weight(self, value: DoubleArray, peak: DoubleArray) -> DoubleArray:
-        return np.asarray(np.exp(self._p * (value - peak)), np.float64)
-
-    def _usable(self, peak: DoubleArray) -> DoubleArray:
-        return np.where(np.isinf(peak), 0.0, peak)
-
-
-class _Deviation(_Kind):
-    """Population standard deviation from (mean, sum of squared differences).
-
-    Merged as in Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-    variances", 1979.
-    """
-
-    identity = (0.0, 0.0)
-
-    def lift(self, block: FloatArray) -> DoubleArray:
-        state = np.empty((2, len(block)))
-        for channels, values in _chunks(block):
-            mean = values.mean(axis=1)
-            values -= mean[:, None]
-            state[:, channels] = mean, np.einsum("cn,cn->c", values, values)
-        return state
-
-    def combine(self, a: DoubleArray, b: DoubleArray, n_a: CountArray, n_b: CountArray) -> DoubleArray:
-        share = n_b / np.maximum(n_a + n_b, 1)
-        delta = b[0] - a[0]
-        return np.stack([a[0] + delta * share, a[1] + b[1] + delta * delta * n_a * share])
-
-    def finish(self, state: DoubleArray, n: CountArray) -> DoubleArray:
-        return np.asarray(np.sqrt(state[1] / n), np.float64)
-
-
-def _chunks(block: FloatArray) -> Iterator[tuple[slice, DoubleArray]]:
-    """Runs of whole channels, each a fresh float64 [c, h * w]."""
-    step = max(1, _CHUNK // math.prod(block.shape[1:]))
-    for first in range(0, len(block), step):
-        channels = slice(first, min(first + step, len(block)))
-        wide = block[channels].astype(np.float64, order="C")
-        yield channels, wide.reshape(len(wide), -1)
-
-
-def _power(x: DoubleArray, p: float) -> DoubleArray:
-    """x ** p, by multiplication for the small whole p of practice: many times faster than pow."""
-    if p in (1, 2, 3, 4):
-        result = x
-        for _ in range(int(p) - 1):
-            result = result * x
-        return result
-    return np.asarray(x**p, np.float64)
-
-
-def _at_floor(x: DoubleArray) -> DoubleArray:
-    return np.asarray(np.maximum(x, GEM_FLOOR), np.float64)
-
-
-_KINDS: dict[str, Callable[[float], _Kind]] = {
-    "avg": lambda p: _Fold(np.add, 0.0, mean=True),
-    "max": lambda p: _Fold(np.maximum, -math.inf),
-    "min": lambda p: _Fold(np.minimum, math.inf),
-    "sum": lambda p: _Fold(np.add, 0.0),
-    "lp": lambda p: _PowerSum(np.abs, p, mean=False),
-    "gem": lambda p: _PowerSum(_at_floor, p, mean=True),
-    "lse": _LogMeanExp,
-    "std": lambda p: _Deviation(),
-}
 _DEFAULT_P = {"lp": 2.0, "gem": 3.0, "lse": 1.0}
-KINDS = tuple(_KINDS)
+KINDS = tuple(MAKERS)
 """The names of all kinds."""
 
 
@@ -223,7 +46,7 @@ class Term:
     p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if self.kind not in MAKERS:
             raise _invalid(f"unknown kind {quoted(self.kind)}; the kinds are {', '.join(KINDS)}")
         if self.kind not in _DEFAULT_P:
             if self.p is not None:
@@ -339,7 +162,7 @@ def _spans(level: int, size: int) -> list[tuple[int, int]]:
 
 
 class State:
-    """What is known of one map's pooling from the pieces added so far.
+    """What is known of one map's pooling from the pieces added so far; kept where the pieces are.
 
     Sums are kept in float64. Every way to cut a map gives the same max and min bit for bit, and the other
     kinds within float64 rounding. NaN in a piece makes the values of its cells NaN.
@@ -351,14 +174,13 @@ class State:
         self._pooling = pooling
         self._shape = (channels, height, width)
         self._cells = [cell for level in pooling.levels for cell in _grid(level, height, width)]
-        self._counts = np.zeros((len(self._cells), 1), np.int64)
-        self._kinds = [_KINDS[term.kind](term.p or math.nan) for term in pooling.terms]  # nan: not used
-        self._values = [  # per term, [rows, cells, C]
-            np.tile(np.array(kind.identity)[:, None, None], (1, len(self._cells), channels)) for kind in self._kinds
-        ]
+        self._counts = [0] * len(self._cells)
+        self._kinds = [MAKERS[term.kind](term.p or math.nan) for term in pooling.terms]  # nan: not used
+        self._values: list[list[Array]] = [[None] * len(self._cells) for _ in self._kinds]
+        """Per term and cell a state [rows, C]; None before any value."""
 
-    def add(self, tile: FloatArray, top: int, left: int) -> None:
-        """Count the tile [C, th, tw] whose first cell is the map's (top, left).
+    def add(self, tile: Array, top: int, left: int) -> None:
+        """Count the tile [C, th, tw] whose first cell is the map's (top, left), all of them in one device's memory.
 
         Raises:
             ValueError: it does not lie within the map.
@@ -366,19 +188,22 @@ class State:
         channels, height, width = self._shape
         bottom, right = top + tile.shape[1], left + tile.shape[2]
         if len(tile) != channels or min(top, left) < 0 or bottom > height or right > width:
-            raise ValueError(f"tile {tile.shape} at ({top}, {left}) is not within the map {self._shape}")
+            raise ValueError(f"tile {tuple(tile.shape)} at ({top}, {left}) is not within the map {self._shape}")
         with np.errstate(all="ignore"):
             for index, cell in enumerate(self._cells):
                 rows = slice(max(cell.top, top) - top, min(cell.bottom, bottom) - top)
                 columns = slice(max(cell.left, left) - left, min(cell.right, right) - left)
                 if rows.start < rows.stop and columns.start < columns.stop:
-                    self._add_block(index, tile[:, rows, columns])
+                    block = tile[:, rows, columns]
+                    states = [kind.lift(block) for kind in self._kinds]
+                    self._count(index, states, block.shape[1] * block.shape[2])
 
-    def _add_block(self, index: int, block: FloatArray) -> None:
-        before, count = self._counts[index], np.array([block.shape[1] * block.shape[2]])
-        for kind, values in zip(self._kinds, self._values, strict=True):
-            values[:, index] = kind.combine(values[:, index], kind.lift(block), before, count)
-        self._counts[index] += count
+    def _count(self, index: int, states: Sequence[Array], count: int) -> None:
+        """A state for each term of `count` values more in a cell."""
+        before = self._counts[index]
+        for kind, values, state in zip(self._kinds, self._values, states, strict=True):
+            values[index] = kind.combine(values[index], state, before, count) if before else state
+        self._counts[index] = before + count
 
     def merge(self, other: State) -> None:
         """Count what `other` has counted: pieces of the same map that this state has not seen.
@@ -389,22 +214,22 @@ class State:
         if (self._pooling, self._shape) != (other._pooling, other._shape):
             raise ValueError("states of different poolings or maps do not merge")
         with np.errstate(all="ignore"):
-            self._values = [
-                kind.combine(a, b, self._counts, other._counts)
-                for kind, a, b in zip(self._kinds, self._values, other._values, strict=True)
-            ]
-        self._counts = self._counts + other._counts
+            for index, count in enumerate(other._counts):
+                if count:
+                    self._count(index, [values[index] for values in other._values], count)
 
     def finish(self) -> FloatArray:
-        """The vector, float32 [pooling.dimension(C)].
+        """The vector, float32 [pooling.dimension(C)], once the pieces are computed.
 
         Raises:
             ValueError: the pieces do not add up to the whole map.
         """
-        if not np.array_equal(self._counts, [[cell.area] for cell in self._cells]):
+        if self._counts != [cell.area for cell in self._cells]:
             raise ValueError(f"the pieces do not cover the map {self._shape} exactly once")
+        counts = np.array(self._counts)[:, None]
+        states = [on_host(namespace(values[0]).stack(values, axis=1)) for values in self._values]
         with np.errstate(all="ignore"):
-            pooled = [kind.finish(values, self._counts) for kind, values in zip(self._kinds, self._values, strict=True)]
+            pooled = [kind.finish(each, counts) for kind, each in zip(self._kinds, states, strict=True)]
             ends = accumulate((level * level for level in self._pooling.levels), initial=0)
             parts = [term[start:end].ravel() for start, end in pairwise(ends) for term in pooled]
             vector = np.concatenate(parts)
@@ -413,7 +238,7 @@ class State:
             return vector.astype(np.float32)
 
 
-def pool(feature_map: FloatArray, pooling: Pooling) -> FloatArray:
+def pool(feature_map: Array, pooling: Pooling) -> FloatArray:
     """The vector, float32 [pooling.dimension(C)], of a whole feature map, float32 [C, h, w]."""
     channels, height, width = feature_map.shape
     state = pooling.begin(channels, height, width)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 OnShare: TypeAlias = Callable[[float], object]
-"""Told, on a worker's thread and often, what share of an image is computed, 0 to 1."""
+"""Told, on a worker's thread and often, what share of an image is computed, 0 to 1; a device may still be at work on
+the last two pieces of it."""
 
 
 @dataclass(frozen=True, slots=True)

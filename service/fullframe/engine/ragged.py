@@ -1,9 +1,8 @@
 """Images of different sizes in one padded batch: which go together, the run, and each one's own answer."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from math import log
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ from fullframe.engine.answer import answer_from
 from fullframe.engine.base import Engine
 from fullframe.engine.jobs import Batching, Job
 from fullframe.engine.query import Answer, FloatArray, Query, Timings
+from fullframe.engine.warm_up import warm_up
 from fullframe.errors import InvalidModel
 from fullframe.image import Pixels
 from fullframe.model.contract import INPUT, MAP_SIZES, MAPS, SIZES
@@ -25,13 +25,10 @@ MOST_PIXELS: Final = 2_000_000
 MASKS_SHARE: Final = 1.5
 """Memory for each pixel of a batch, as a multiple of a lone image's: masked maps are copies. The bundled model: 1.4."""
 
-_CLASSES: Final = 8
-"""Sides between a power of two and the next that batches are padded to."""
-
-_WARM_UP_SIDES: Final = (32, 224, 512)
-
 Size = tuple[int, int]
 """Height, width."""
+BatchSize = Callable[[int, int, bool], Size]
+"""As Engine.batch_size."""
 
 
 class RaggedEngine:
@@ -65,51 +62,42 @@ class RaggedEngine:
         for image in images:
             self.engine.check_size(image.shape[0], image.shape[1])
         own = [(image.shape[0], image.shape[1]) for image in images]
-        largest, alike = (max(h for h, _ in own), max(w for _, w in own)), len(own) > 1 == len(set(own))
-        size = padded_size(largest, alike, self.engine.few_shapes)
-        batch = padded(images, self.engine.zeros((len(images), *size, 3)))
+        alike = len(own) > 1 == len(set(own))
+        size = self.engine.batch_size(max(h for h, _ in own), max(w for _, w in own), alike)
+        batch = padded(images, self.engine.zeros((self._count(own, size), *size, 3)))
         if all(each == size for each in own):
             found = self.engine.run_batch(batch, outputs)
             return [{name: each[n].copy() for name, each in zip(outputs, found, strict=True)} for n in range(len(own))]
-        feeds = {INPUT: batch, SIZES: np.array(own, np.int64)}
+        others = [min(own)] * (len(batch) - len(own))
+        feeds = {INPUT: batch, SIZES: np.array(own + others, np.int64)}
         *found, map_sizes = self._session.run([*outputs, MAP_SIZES], feeds)
         return [
             {name: _own(name, each[number], map_sizes[number]) for name, each in zip(outputs, found, strict=True)}
             for number in range(len(images))
         ]
 
+    def _count(self, own: Sequence[Size], size: Size) -> int:
+        """Of how many images the batch is: those behind the last are of no account, and within what it may pad."""
+        count = self.engine.batch_count(len(own))
+        paid = count * size[0] * size[1]
+        return count if paid <= min(MOST_PIXELS, (1 + MOST_WASTE) * sum(h * w for h, w in own)) else len(own)
+
 
 def padded(images: Sequence[Pixels], batch: Pixels) -> Pixels:
-    """The images in the upper left corners of `batch`, uint8 [N, H, W, 3]; what lies beside one is of no account."""
-    for place, image in zip(batch, images, strict=True):
+    """The images in the upper left corners of `batch`, uint8 [N, H, W, 3], N their number or more; what lies beside one
+    is of no account."""
+    for place, image in zip(batch, images, strict=False):
         place[: image.shape[0], : image.shape[1]] = image
     return batch
 
 
-def padded_size(largest: Size, alike: bool, few_shapes: bool) -> Size:
-    """What a batch is padded to.
-
-    Args:
-        largest: height and width of its images.
-        alike: they are several, of one size; such a size is likely to come again.
-        few_shapes: as the engine's: where not alike, each side is padded to its side_class.
-    """
-    return largest if alike or not few_shapes else (side_class(largest[0]), side_class(largest[1]))
-
-
-def side_class(side: int) -> int:
-    """The least of the sides that batches are padded to that is not below: at most an eighth more."""
-    step = max(1, (1 << (side - 1).bit_length()) // (2 * _CLASSES))
-    return -(-side // step) * step
-
-
 def companions(
-    first: Size, others: Sequence[Size], most_pixels: int = MOST_PIXELS, *, few_shapes: bool = False
+    first: Size, others: Sequence[Size], most_pixels: int = MOST_PIXELS, batch_size: BatchSize = lambda h, w, _: (h, w)
 ) -> list[int]:
     """Which of the others to run with the first: those of the most similar shapes, as long as little is padded.
 
     Args:
-        few_shapes: as the engine's.
+        batch_size: the engine's.
 
     Returns:
         Their numbers, such that the batch pads at most MOST_WASTE and has at most `most_pixels`.
@@ -124,7 +112,7 @@ def companions(
         rows, columns = others[number]
         taller, wider, more = max(height, rows), max(width, columns), own + rows * columns
         still = alike and (rows, columns) == first
-        size = padded_size((taller, wider), still, few_shapes)
+        size = batch_size(taller, wider, still)
         if (len(chosen) + 2) * size[0] * size[1] <= min(most_pixels, (1 + MOST_WASTE) * more):
             height, width, own, alike = taller, wider, more, still
             chosen.append(number)
@@ -137,13 +125,15 @@ class Decoded:
 
     Attributes:
         outputs: of the graph, that the query needs.
-        timings: of its decoding and its time in the queue.
+        timings: of its decoding and its time in the queue until then.
+        since: the time.monotonic() instant from which it waits to be computed.
     """
 
     pixels: Pixels
     query: Query
     outputs: Sequence[str]
     timings: Timings
+    since: float = field(default_factory=time.monotonic)
 
 
 class RaggedBatches:
@@ -157,18 +147,13 @@ class RaggedBatches:
         self.most_pixels, self._engine = most_pixels, engine
 
     def warm_up(self) -> None:
-        """Run a few batches, with masks and without, so that no image waits for a kernel's compilation."""
-        contract = self._engine.engine.contract
-        for side, outputs in product(_WARM_UP_SIDES, (["logits"], ["features"], contract.outputs)):
-            height, width = (max(side, least) for least in contract.smallest_size)
-            for other in (height, height + 1):
-                images = [np.zeros((rows, width, 3), np.uint8) for rows in (height, other)]
-                self._engine.run(images, outputs)
+        """Run what no image should wait for."""
+        warm_up(self._engine.run, self._engine.engine.contract)
 
     def choose(self, first: Job, others: Sequence[Job]) -> list[int]:
         """As `companions`."""
-        few = self._engine.engine.few_shapes
-        return companions(first.shape, [job.shape for job in others], self.most_pixels, few_shapes=few)
+        batch_size = self._engine.engine.batch_size
+        return companions(first.shape, [job.shape for job in others], self.most_pixels, batch_size)
 
     def work(self, prepared: Sequence[Decoded]) -> list[Answer | Exception]:
         """Each image's answer, or why there is none.
@@ -195,7 +180,8 @@ class RaggedBatches:
             answer = answer_from(own, image.query, self._engine.engine.contract, height, width)
         except Exception as error:
             return error
-        answer.timings = replace(image.timings, compute=time.monotonic() - started)
+        queue = image.timings.queue + started - image.since
+        answer.timings = replace(image.timings, queue=queue, compute=time.monotonic() - started)
         return answer
 
 

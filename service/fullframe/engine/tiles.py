@@ -1,7 +1,8 @@
 """A huge image, piece by piece: bands across, strips down each of them; memory for a piece, not for the image."""
 
+import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
+from fullframe.engine.arrays import Array
 from fullframe.engine.base import Engine, Session
 from fullframe.engine.query import FloatArray
-from fullframe.image import Pixels, Regions
+from fullframe.image import Picture, Pixels, Regions
 from fullframe.model.contract import INPUT, LOGITS_FROM_MAP
 
 if TYPE_CHECKING:
@@ -22,18 +24,31 @@ BAND_WIDTH: Final = 5120
 """Pixels. Beside a neighbour a band sees about a receptive field's width of its pixels again: of 200 pixels, less than
 a twentieth of any image."""
 
-# What a piece takes in times of its own pixels, as the arena grows by doubling: measured below 4.
-_AROUND_PIECE: Final = 4
+# Pieces launched and maybe not yet computed: one is computed while the next one is read.
+_AHEAD: Final = 2
+
+# What a piece takes in times of what its maps do: measured 1.3 to 3, the more the deeper and narrower a model.
+_AROUND_PIECE: Final = 2.6
+# Bytes that the first image takes for the strips' graphs, opened.
+_SESSIONS: Final = 36 * 2**20
 
 Head = Callable[[FloatArray], FloatArray]
 """From features [C] to logits [K]."""
 
 
-def memory_for_pieces(engine: Engine, height: int, width: int) -> int:
-    """About how many bytes an image takes in pieces of the usual size: a piece, and the rows carried."""
-    rows = min(height, engine.contract.receptive_field[0])
-    piece = max(engine.piece_pixels, rows * min(width, BAND_WIDTH) // 2)
-    return round(engine.bytes_per_pixel * (_AROUND_PIECE * piece + rows * width / 8))
+def memory_for_pieces(engine: Engine, picture: Picture) -> int:
+    """About how many bytes an image takes in pieces of the usual size: a piece, the rows carried, and what reading
+    holds; or opening, if that is more."""
+    contract, (field, columns) = engine.contract, engine.contract.receptive_field
+    bands = -(-picture.width // max(1, BAND_WIDTH - columns))
+    band = min(picture.width, picture.width // bands + columns)
+    # The first strip of a band has all rows that its first cell sees, the last one may have a step more than usual.
+    step = contract.stride[0]
+    first, last = -(-(field + contract.start[0]) // step) * step, engine.piece_pixels // band + step
+    strip = min(picture.height, max(first, last))
+    piece = _AROUND_PIECE * engine.bytes_per_pixel * strip * band + _SESSIONS
+    carried = engine.carried_bytes * (band if picture.random_access else picture.width + bands * columns)
+    return max(picture.opening_bytes, round(piece + carried) + picture.reading_bytes(strip))
 
 
 class Band(NamedTuple):
@@ -49,12 +64,20 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of an image's maps: each float32 [C, rows, columns], the first cell being the map's (top, left)."""
+    """Part of an image's maps: each float32 [C, rows, columns], the first cell being the map's (top, left).
+
+    On an engine that computes elsewhere they are there, launched and maybe not yet computed.
+    """
 
     top: int
     left: int
-    maps: dict[str, FloatArray]
+    maps: dict[str, Array]
     read_seconds: float
+
+    @property
+    def cells(self) -> int:
+        """How many of a map's."""
+        return math.prod(next(iter(self.maps.values())).shape[1:])
 
 
 class Tiler:
@@ -101,6 +124,9 @@ class Tiler:
     ) -> Iterator[Piece]:
         """Compute "feature_map", "class_map" or both, each cell once, in the order that the source can be read in.
 
+        A device may still be at work on the last two, with all that was asked of it before the next: one is computed
+        while another is read.
+
         Args:
             regions: the image.
             outputs: which maps.
@@ -113,13 +139,14 @@ class Tiler:
         strips = list(pairwise(rows))
         carried: dict[Band, list[Any]] = {}
         done: dict[Band, int] = defaultdict(int)
+        launched: deque[Callable[[], object]] = deque()
         order = product(bands, strips) if regions.random_access else ((b, s) for s in strips for b in bands)
         for band, (top, bottom) in order:
             started = time.monotonic()
             pixels = regions.read(top, band.left, bottom - top, band.right - band.left)
             read_seconds = time.monotonic() - started
             if len(strips) == 1:
-                found: Mapping[str, FloatArray] = self._engine.run(pixels, outputs)
+                found: Mapping[str, Array] = self._engine.run(pixels, outputs, held=outputs)
             else:
                 place: Place = "first" if top == 0 else "last" if bottom == regions.height else "middle"
                 found, carried[band] = self._strip(place, pixels, carried.pop(band, []), outputs, is_alone())
@@ -127,6 +154,9 @@ class Tiler:
             maps = {name: each[:, :, columns] for name, each in found.items()}
             yield Piece(done[band], band.first, maps, read_seconds)
             done[band] += next(iter(maps.values())).shape[1]
+            launched.append(self._engine.fence())
+            if len(launched) == _AHEAD:
+                launched.popleft()()
 
     def bands(self, width: int) -> Iterator[Band]:
         """The image's columns, each cell in one band, and every band at a pixel that keeps the map's cells in place."""
@@ -153,11 +183,12 @@ class Tiler:
 
     def _strip(
         self, place: "Place", pixels: Pixels, carried: Sequence[Any], outputs: Sequence[str], alone: bool
-    ) -> tuple[Mapping[str, FloatArray], list[Any]]:
-        """The next rows of each output, and what the next strip needs, which stays on the engine's device."""
+    ) -> tuple[Mapping[str, Array], list[Any]]:
+        """The next rows of each output, and what the next strip needs: both stay on the engine's device."""
         rests = [] if place == "last" else [f"rest.{number}" for number in range(self._strips.carries)]
         feeds = {INPUT: pixels[np.newaxis]} | {f"carry.{number}": each for number, each in enumerate(carried)}
-        results = self._session(place).run([*outputs, *rests], feeds, held=rests, alone=alone)
+        names = [*outputs, *rests]
+        results = self._session(place).run(names, feeds, held=names, alone=alone)
         return {name: each[0] for name, each in zip(outputs, results, strict=False)}, results[len(outputs) :]
 
     def _session(self, place: "Place") -> Session:

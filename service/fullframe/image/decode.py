@@ -22,7 +22,15 @@ from fullframe.image.regions import (
     gather_on_disk,
     no_checkpoint,
 )
-from fullframe.image.stored import Stored, check_held, is_decoded_whole, open_vips, tile_size, unreadable
+from fullframe.image.stored import (
+    Stored,
+    check_held,
+    decoding_bytes,
+    is_decoded_whole,
+    open_vips,
+    tile_size,
+    unreadable,
+)
 
 
 class Picture(Protocol):
@@ -31,11 +39,15 @@ class Picture(Protocol):
     Attributes:
         height, width: pixels as displayed, EXIF orientation applied.
         format: "jpeg", "png"..., "raw".
+        random_access: whether its regions can be read in any order.
+        opening_bytes: about how many bytes `regions()` takes at most, before anything is read.
     """
 
     height: int
     width: int
     format: str
+    random_access: bool
+    opening_bytes: int
 
     def pixels(self) -> Pixels:
         """uint8 [height, width, 3], sRGB. Raises InvalidInput if the data is damaged."""
@@ -56,6 +68,10 @@ class Picture(Protocol):
         """
         ...
 
+    def reading_bytes(self, rows: int) -> int:
+        """About how many bytes are held while regions of so many rows are read, beside the region itself."""
+        ...
+
 
 class VipsPicture:
     """A file whose header libvips has read, within limits."""
@@ -63,13 +79,18 @@ class VipsPicture:
     def __init__(self, encoded: Encoded, format: str, image: pyvips.Image, limits: Limits) -> None:
         self.format = format
         self._orientation = orientation_of(image)
-        self._in_rows = not is_decoded_whole(image, format)
+        self._in_rows = not is_decoded_whole(image, format) and self._orientation.keeps_rows
+        self._tiled, self._decoding_bytes = tile_size(image) is not None, decoding_bytes(image, format)
         self.height, self.width = self._orientation.size(image.height, image.width)
         self._encoded = encoded
         self._unread = [image]
         self._held = self.height * self.width <= limits.max_held_pixels
-        if not (self._held or tile_size(image) or self._orientation.keeps_rows):
-            limits.check_temporary(3 * self.height * self.width)
+        self._pixel_bytes = 3 * self.height * self.width
+        if not (self._held or self._tiled or self._orientation.keeps_rows):
+            limits.check_temporary(self._pixel_bytes)
+        self.random_access = self._tiled or not self._in_rows
+        gathered = self._pixel_bytes if self._held else 0  # the others are gathered on disk
+        self.opening_bytes = 0 if self._tiled or self._in_rows else self._decoding_bytes + gathered
 
     def pixels(self) -> Pixels:
         """uint8 [height, width, 3], sRGB; decodes anew at each call, safe from any thread.
@@ -85,11 +106,19 @@ class VipsPicture:
         stored = self._open()
         if stored.tile:
             return TileRegions(stored, stored.tile, self._orientation, checkpoint)
-        if self._in_rows and self._orientation.keeps_rows:
+        if self._in_rows:
             return RowRegions(stored, self._orientation, checkpoint)
         with closing(stored):
             gathered = gather if self._held else gather_on_disk
             return HeldRegions(gathered(stored, self._orientation, checkpoint))
+
+    def reading_bytes(self, rows: int) -> int:
+        """As Picture.reading_bytes."""
+        if self._tiled:
+            return self._decoding_bytes
+        if self._in_rows:
+            return self._decoding_bytes + 2 * 3 * rows * self.width  # two strips' worth, as blocks overlap
+        return self._pixel_bytes if self._held else 0
 
     def _open(self) -> Stored:
         try:
@@ -109,9 +138,11 @@ class PlainJpeg:
     """A plain JPEG within limits; libvips has the last word on one that has a fault or other colours than sRGB."""
 
     format = "jpeg"
+    random_access = True
 
     def __init__(self, data: bytes, header: PlainHeader, limits: Limits) -> None:
         self.height, self.width, self._profile = header
+        self.opening_bytes = 3 * self.height * self.width
         self._data, self._limits = data, limits
 
     def pixels(self) -> Pixels:
@@ -130,6 +161,10 @@ class PlainJpeg:
         """As Picture.regions; small as it is, decoded at once."""
         checkpoint()
         return HeldRegions(self.pixels())
+
+    def reading_bytes(self, rows: int) -> int:
+        """As Picture.reading_bytes."""
+        return self.opening_bytes
 
 
 def open_encoded(data: bytes | OnDisk, limits: Limits) -> Picture:

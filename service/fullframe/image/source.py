@@ -29,6 +29,8 @@ class RawPicture:
     """Pixels that need no decoding."""
 
     format = "raw"
+    random_access = True
+    opening_bytes = 0
 
     def __init__(self, pixels: Pixels) -> None:
         self.height, self.width, _ = pixels.shape
@@ -41,6 +43,10 @@ class RawPicture:
     def regions(self, checkpoint: Checkpoint = no_checkpoint) -> Regions:
         """Open it for reading in pieces."""
         return HeldRegions(self._pixels)
+
+    def reading_bytes(self, rows: int) -> int:
+        """None: the pixels are there."""
+        return 0
 
 
 def open_raw(data: bytes | memoryview, height: int, width: int, limits: Limits) -> RawPicture:

@@ -1,6 +1,7 @@
 """A picture's pixels as its file stores them, in 8-bit sRGB, read piece by piece in bounded memory."""
 
 from contextlib import suppress
+from math import prod
 from typing import Final
 
 import numpy as np
@@ -17,6 +18,8 @@ _BLOCK_PIXELS: Final = 2**18
 _BLOCK_ROWS: Final = 64  # how precisely the end of a file that was cut short can be told
 _CACHED_PIXELS: Final = 2**23  # of tiles
 _ROWS_HELD: Final = 512  # by libvips behind the row that is read
+_ROWS_AROUND: Final = 192  # that its operators hold beside them
+_AROUND_BYTES: Final = 2**23  # of a decoder's own, whatever the picture
 _DECODED_WHOLE: Final = {"gif": "gif", "webp": "webp", "png": "interlaced png", "jpeg": "progressive jpeg"}
 
 
@@ -134,6 +137,20 @@ def is_decoded_whole(image: pyvips.Image, format: str) -> bool:
     return format in ("gif", "webp") or any(
         image.get_typeof(field) and image.get(field) for field in ("interlaced", "jpeg-multiscan")
     )
+
+
+def decoding_bytes(image: pyvips.Image, format: str) -> int:
+    """About how many bytes libvips holds while it decodes a file, at most."""
+    sample: int = image.bands * (2 if image.format == "ushort" else 1)
+    tile, width = tile_size(image), int(image.width)
+    pixels = width * int(image.height)
+    if tile:
+        # What is cached, beside what an image opened anew caches; where each tile is, and how long.
+        return _AROUND_BYTES + 2 * sample * (_CACHED_PIXELS + prod(tile)) + 16 * pixels // prod(tile)
+    if is_decoded_whole(image, format):
+        # A JPEG's coefficients; of others all samples, beside a canvas of RGBA where there may be frames.
+        return _AROUND_BYTES + pixels * {"jpeg": 2 * sample, "png": sample}.get(format, 8)
+    return _AROUND_BYTES + sample * width * (_ROWS_HELD + _ROWS_AROUND)
 
 
 def unreadable(format: str, where: str = "") -> InvalidInput:

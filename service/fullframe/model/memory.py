@@ -33,10 +33,10 @@ def bytes_per_pixel(path: Path) -> float:
     needed = ancestors(graph, [each.name for each in graph.output])
     nodes = [node for node in graph.node if not needed.isdisjoint(node.output)]
     last = {name: number for number, node in enumerate(nodes) for name in node.input}
-    live = {each.name: _size(maps[each.name], types[each.name]) for each in graph.input if each.name in maps}
+    live = {each.name: bytes_of(maps[each.name], types[each.name]) for each in graph.input if each.name in maps}
     most = sum(live.values())
     for number, node in enumerate(nodes):
-        made = {name: _size(maps[name], types.get(name, 0)) for name in node.output if name in maps}
+        made = {name: bytes_of(maps[name], types.get(name, 0)) for name in node.output if name in maps}
         dying = {name: live[name] for name in node.input if name in live and last[name] == number}
         reused = max(made.values(), default=Fraction(0)) if node.op_type in _IN_PLACE and dying else Fraction(0)
         most = max(most, sum(live.values()) + sum(made.values()) - reused)
@@ -44,8 +44,8 @@ def bytes_per_pixel(path: Path) -> float:
     return float(most)
 
 
-def _size(tensor: TensorGeometry, kind: int) -> Fraction:
-    """Bytes for each pixel of the image."""
+def bytes_of(tensor: TensorGeometry, kind: int) -> Fraction:
+    """Bytes of a map of ONNX type `kind`, 0 for float32, for each pixel of the image."""
     width = onnx.helper.tensor_dtype_to_np_dtype(kind or onnx.TensorProto.FLOAT).itemsize
     size = Fraction(width) / (Fraction(tensor.jump[0]) * Fraction(tensor.jump[1]))
     for dim in tensor.shape:

@@ -8,6 +8,7 @@ image: windows see padding at the image's border alone.
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,6 +20,7 @@ from fullframe.errors import InvalidModel
 from fullframe.model.contract import INPUT, MAPS
 from fullframe.model.geometry import OUTPUT, Geometry, GraphGeometry, TensorGeometry, graph_geometry
 from fullframe.model.graphs import WINDOWS, ancestors, title
+from fullframe.model.memory import bytes_of
 
 Place = Literal["first", "middle", "last"]
 _PLACES: Final[tuple[Place, ...]] = ("first", "middle", "last")
@@ -51,13 +53,7 @@ class StripGraphs:
 
 def strip_graphs(path: Path) -> StripGraphs:
     """Cut a contract model's graph; raises InvalidModel naming the node that can't be."""
-    model = onnx.load(path)
-    geometry = graph_geometry(model)
-    if geometry.obstacles:
-        raise InvalidModel(f"can't be computed in pieces: {geometry.obstacles[0]}")
-    outputs = [name for name in MAPS if name in geometry.graph.outputs]
-    typed = onnx.shape_inference.infer_shapes(model)
-    cutters = {place: _Cutter(typed, geometry.graph, outputs, place) for place in _PLACES}
+    geometry, cutters = _cut(path, _PLACES)
     step = geometry.graph.alignment(OUTPUT)[0]
     return StripGraphs(
         geometry,
@@ -68,6 +64,24 @@ def strip_graphs(path: Path) -> StripGraphs:
     )
 
 
+def carried_bytes(path: Path) -> float:
+    """What strips of an image carry to the next ones, for each pixel of its width; 0 for a model that can't be cut."""
+    try:
+        return float(_cut(path, ["first"])[1]["first"].carried)
+    except InvalidModel:
+        return 0.0
+
+
+def _cut(path: Path, places: Sequence[Place]) -> "tuple[Geometry, dict[Place, _Cutter]]":
+    model = onnx.load(path)
+    geometry = graph_geometry(model)
+    if geometry.obstacles:
+        raise InvalidModel(f"can't be computed in pieces: {geometry.obstacles[0]}")
+    outputs = [name for name in MAPS if name in geometry.graph.outputs]
+    typed = onnx.shape_inference.infer_shapes(model)
+    return geometry, {place: _Cutter(typed, geometry.graph, outputs, place) for place in places}
+
+
 class _Cutter:
     """One pass over a graph, in its topological order, for one place.
 
@@ -75,6 +89,7 @@ class _Cutter:
         lags: how many rows each map is behind the image's rows that have come, counted in its own.
         least: rows of an image that let every window so far begin below the padding on top.
         carries: tensors carried so far.
+        carried: their bytes for a pixel of the image's width.
     """
 
     def __init__(self, model: onnx.ModelProto, geometry: GraphGeometry, outputs: Sequence[str], place: Place) -> None:
@@ -87,7 +102,7 @@ class _Cutter:
         self._numbers: dict[str, int] = {}
         self._dequantized: dict[str, onnx.NodeProto] = {}
         self.lags = {INPUT: 0}
-        self.carries, self.least = 0, 1
+        self.carries, self.least, self.carried = 0, 1, Fraction(0)
         needed = ancestors(model.graph, outputs)
         for node in model.graph.node:
             if not needed.isdisjoint(node.output):
@@ -104,6 +119,8 @@ class _Cutter:
             [each for each in self._source.graph.input if each.name == INPUT] + self._inputs,
             [each for each in self._source.graph.output if each.name in self._outputs] + self._rests,
             weights + numbers,
+            # A slice hides channels from ONNX Runtime, which would choose another kernel there than in the next strip.
+            value_info=[self._value(name, name) for name in self.lags if name in self._types],
         )
         return helper.make_model(graph, opset_imports=self._source.opset_import, ir_version=self._source.ir_version)
 
@@ -141,6 +158,7 @@ class _Cutter:
         lag: int = -((pads[0] - self.lags[source] - reach) // stride) - 1
         jump = int(self._maps[node.output[0]].jump[0])
         self.least = max(self.least, jump * (lag + max(1, -(-pads[0] // stride))))
+        self._count(self._stored(source), pads[0] - self.lags[source] + stride * lag)
         before = pads[0] if self._place == "first" else 0
         behind = pads[2] if self._place == "last" else 0
         _set(node, "pads", [before, pads[1], behind, pads[3]])
@@ -156,6 +174,11 @@ class _Cutter:
         node.input[0] = self._restored(rows, source)
         self._nodes.append(node)
         return lag
+
+    def _count(self, carried: str, rows: int) -> None:
+        """Hear of so many rows of a map that are carried."""
+        tensor = self._maps[carried]
+        self.carried += rows * bytes_of(tensor, self._types[carried]) * Fraction(tensor.jump[0])
 
     def _used(self, rows: str, axis: int, before: int, reach: int, stride: int) -> str:
         """How many of the rows no later window sees: those that as many windows as fit step over."""
@@ -176,6 +199,7 @@ class _Cutter:
             there = self._add("Shape", [slowest], start=axis, end=axis + 1)
         for name in behind:
             stored = self._stored(name)
+            self._count(stored, lag - self.lags[name])
             axis = _row_axis(self._maps[stored])
             rows = self._with_carry(stored, axis)
             if self._place != "last":

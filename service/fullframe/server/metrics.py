@@ -91,7 +91,8 @@ class Metrics:
 
 
 class _Engine(Collector):
-    """The engine's counts, all of one moment: in every scrape the images admitted are those queued, running and ended.
+    """The engine's counts, all of one moment: in every scrape the images admitted are those queued, running, ready and
+    ended.
 
     An image whose header can't be read is never admitted; neither are those of a request that is refused.
     """
@@ -103,9 +104,11 @@ class _Engine(Collector):
         """As Prometheus' client asks."""
         counts = self._counters()
         for name, text, value in (
+            ("images_opening", "Images whose headers are read, or wait for it; not admitted yet.", counts.opening),
             ("images_queued", "Images waiting for a worker.", counts.queued),
             ("images_running", "Images on a worker.", counts.running),
-            ("pixels_in_flight", "Pixels queued or computed now.", counts.pixels_in_flight),
+            ("images_ready", "Images decoded and waiting for a batch.", counts.ready),
+            ("pixels_in_flight", "Pixels of images queued, running or ready.", counts.pixels_in_flight),
             ("memory_in_flight", "Bytes that those may take at once, by estimate.", counts.memory_in_flight),
         ):
             yield GaugeMetricFamily(f"fullframe_{name}", text, value)

@@ -54,11 +54,12 @@ class Answering:
         Cancelling this cancels what is queued, and what is computed in pieces.
 
         Args:
-            patient: wait for room in the engine's queue instead of raising Overloaded.
+            patient: wait for room in the engine's queues instead of raising Overloaded.
             limits: in place of the plane's own.
             on_progress: as Plane.submit.
         """
-        begun = [self._open(image, limits) for image in images]
+        begin = partial(self._open_all, images, limits)
+        begun = await when_room(begin, call.deadline) if patient else begin()
         reading = [item for item in begun if isinstance(item, Future)]
         read = await _results(reading)
         late = iter(read)
@@ -76,6 +77,21 @@ class Answering:
         for outcome in outcomes:
             call.count(model.name, outcome)
         return outcomes
+
+    def _open_all(
+        self, images: Iterable[pb.Image | EncodedImage], limits: Limits | None
+    ) -> list[Picture | Future[Picture] | InvalidInput]:
+        """All of them, or none; raises Overloaded."""
+        begun: list[Picture | Future[Picture] | InvalidInput] = []
+        try:
+            for image in images:
+                begun.append(self._open(image, limits))
+        except Overloaded:
+            for item in begun:
+                if isinstance(item, Future):
+                    item.cancel()
+            raise
+        return begun
 
     def _open(self, image: pb.Image | EncodedImage, limits: Limits | None) -> Picture | Future[Picture] | InvalidInput:
         try:

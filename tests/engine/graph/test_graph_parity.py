@@ -21,7 +21,7 @@ from fullframe.model.strips import Place, strip_graphs
 from tests.convert.families import FAMILIES
 from tests.convert.light import NAMES, light_model
 from tests.convert.test_families import ALL, MEAN, SOME, STD, exported
-from tests.engine.graph.parity import FUSED, PROMISE, Array, differences, largest_difference
+from tests.engine.graph.parity import FUSED, PROMISE, Array, differences, largest_difference, serialized
 from tests.models import Head, write_model
 from tests.pictures import pixels
 
@@ -43,6 +43,8 @@ def agrees(model: onnx.ModelProto, device: torch.device, sizes: Sequence[tuple[i
         own = np.array([[height, least[1] + 3], [least[0] + 5, width]], np.int64)
         found = differences(ragged, {"images": images, "sizes": own}, SUBSETS, device=device, fused=fused)
         assert max(found.values()) <= PROMISE, (fused, found)
+        program = TorchSession(serialized(ragged), fused=fused)._program([*found])
+        assert not program.asks, "what waits for a value can't be recorded and replayed"
 
 
 def test_the_bundled_model(device: torch.device) -> None:

@@ -52,8 +52,8 @@ def test_nothing_is_asked_of_the_device_on_the_way(fused: bool, tmp_path: Path) 
         assert on_meta(model, feeds, fused) == {name: each.shape for name, each in wanted.items()}
 
 
-def test_what_has_to_ask_does() -> None:
-    """The control: a shape that is in the image."""
+def asks() -> bytes:
+    """A graph whose output's shape is in the image."""
     nodes = [
         helper.make_node("Cast", ["images"], ["numbers"], to=onnx.TensorProto.INT64),
         helper.make_node("Reshape", ["numbers", "flat"], ["shape"]),
@@ -66,12 +66,16 @@ def test_what_has_to_ask_does() -> None:
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None] * 3)],
         [numpy_helper.from_array(np.array([-1]), "flat")],
     )
-    model = serialized(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+    return serialized(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+
+
+def test_what_has_to_ask_does() -> None:
+    """The control."""
     image = np.array([[[[2, 1, 3]]]], np.uint8)
-    (found,) = TorchSession(model).run(["y"], {"images": image})
+    (found,) = TorchSession(asks()).run(["y"], {"images": image})
     assert found.shape == (2, 1, 3)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        on_meta(model, {"images": image}, False)
+        on_meta(asks(), {"images": image}, False)
 
 
 def most_alive(session: TorchSession, outputs: list[str], feeds: dict[str, Any]) -> int:

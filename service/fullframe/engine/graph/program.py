@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from fullframe.engine.graph.ir import Node, Readers
 from fullframe.engine.graph.operators import OPERATORS, Operator
 from fullframe.engine.graph.operators.elementwise import MAP_TYPE
 from fullframe.engine.graph.operators.own import OWN
-from fullframe.engine.graph.operators.table import Outputs
+from fullframe.engine.graph.operators.table import Numbers, Outputs
 
 _CPU: Final = torch.device("cpu")
 _HOST: Final = "@host"
 _EXACT: Final = "@exact"
+_NUMBERS: Final = "@numbers"
+_PLAIN: Final = (torch.int64, torch.float32)
+"""Types that Python's numbers stand for."""
 _MEASURES: Final = frozenset({"Shape", "Size"})
 """Operators that read of a tensor nothing but its shape."""
 
@@ -37,25 +40,29 @@ class Weights:
         """dtype: of the maps."""
         self.device, self.dtype = device, dtype
         self._constants = constants
-        self._made: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor | Numbers] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._constants
 
-    def key(self, name: str, operator: Operator, position: int) -> str:
-        """Which form of a constant an operator takes."""
+    def key(self, name: str, operator: Operator, position: int, host: bool) -> str:
+        """Which form of a constant an operator takes, on the CPU or the device."""
         value = self._constants[name]
-        if operator.on_host(position) or (operator.broadcasts and value.numel() == 1):
+        if operator.on_host(position) and value.dtype in _PLAIN:
+            return name + _NUMBERS
+        if host or operator.on_host(position) or (operator.broadcasts and value.numel() == 1):
             return name + _HOST
         return name + _EXACT if operator.exact else name
 
-    def value(self, key: str) -> Tensor:
+    def value(self, key: str) -> Tensor | Numbers:
         """A constant in that form."""
         if key not in self._made:
             self._made[key] = self._make(key)
         return self._made[key]
 
-    def _make(self, key: str) -> Tensor:
+    def _make(self, key: str) -> Tensor | Numbers:
+        if key.endswith(_NUMBERS):
+            return tuple(self._constants[key.removesuffix(_NUMBERS)].reshape(-1).tolist())
         if key.endswith(_HOST):
             return self._constants[key.removesuffix(_HOST)]
         value = self._constants[key.removesuffix(_EXACT)]
@@ -66,7 +73,13 @@ class Weights:
 
 
 class Program:
-    """What computes some of a graph's outputs; from any thread."""
+    """What computes some of a graph's outputs; from any thread.
+
+    Attributes:
+        weights: the constants, as steps take them.
+        asks: titles of the steps that wait for a value from the device, to go on by it. Without any, what is launched
+            depends on the feeds' shapes alone, and so does what is uploaded on the way.
+    """
 
     def __init__(self, nodes: Sequence[Node], feeds: Iterable[str], outputs: Sequence[str], weights: Weights) -> None:
         """`nodes` are just those that the outputs need, in topological order."""
@@ -82,13 +95,20 @@ class Program:
         self._results = tuple(self._output(name) for name in outputs)
         self._steps = _with_deaths(self._steps, {*self._results, *self._constants})
         self._fixed = {key: weights.value(key) for key in self._constants}
+        self.weights = tuple(each for each in self._fixed.values() if isinstance(each, Tensor))
+        self.asks = tuple(step.title for step in self._steps if step.run is _to_cpu)
 
-    def run(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs of feeds on the device; raises what a step raises, with the node's name."""
-        values: dict[str, Tensor] = {**self._fixed, **feeds}
+    def run(self, feeds: Mapping[str, Tensor], uploaded: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """The outputs of feeds on the device; raises what a step raises, with the node's name.
+
+        Args:
+            uploaded: what runs on feeds of the same shapes upload on their way, each value once: filled by the first.
+        """
+        values: dict[str, Any] = {**self._fixed, **feeds}
         for step in self._steps:
+            inputs = [values[key] if key else None for key in step.inputs]
             try:
-                found = step.run(*[values[key] if key else None for key in step.inputs])
+                found = step.run(*inputs) if uploaded is None else _with_uploads(step, inputs, uploaded)
             except Exception as error:
                 error.add_note(f"at {step.title}")
                 raise
@@ -96,7 +116,7 @@ class Program:
                 values.update(zip(step.outputs, found, strict=False))
             else:
                 values[step.outputs[0]] = found
-            del found
+            del found, inputs
             for key in step.dead:
                 del values[key]
         return [values[key] for key in self._results]
@@ -128,7 +148,7 @@ class Program:
 
     def _key(self, name: str, operator: Operator, position: int, host: bool) -> str:
         if name in self._weights:
-            key = name + _HOST if host else self._weights.key(name, operator, position)
+            key = self._weights.key(name, operator, position, host)
             self._constants.add(key)
             return key
         return self._moved(name, host or operator.on_host(position))
@@ -176,6 +196,16 @@ def _with_deaths(steps: Sequence[_Step], kept: set[str]) -> list[_Step]:
         alive |= read
         found.append(step._replace(dead=tuple(dead)))
     return found[::-1]
+
+
+def _with_uploads(step: _Step, inputs: Sequence[Any], uploaded: dict[str, Tensor]) -> Outputs:
+    """What a step makes, which for an upload may be there already."""
+    if not isinstance(step.run, _Upload):
+        return step.run(*inputs)
+    (key,) = step.outputs
+    if key not in uploaded:
+        uploaded[key] = step.run(*inputs)
+    return uploaded[key]
 
 
 def _to_cpu(value: Tensor) -> Tensor:

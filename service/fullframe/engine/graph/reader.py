@@ -7,20 +7,26 @@ from typing import Any, Final
 import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import defs, helper, numpy_helper
 from torch import Tensor
 
+from fullframe.engine.graph.growth import elements
 from fullframe.engine.graph.ir import Graph, Node, refused
 from fullframe.engine.graph.operators import OPERATORS, QUANTIZING
 from fullframe.errors import InvalidModel, first_line
 from fullframe.model.contract import TensorInfo
-from fullframe.model.graphs import OWN_DOMAINS, opset_of, title
+from fullframe.model.graphs import OWN_DOMAINS, WINDOWS, opset_of, title
 
 _LEAST_OPSET: Final = 13
 _SAME: Final = frozenset({"Identity", "Dropout"})
 _CPU: Final = torch.device("cpu")
+_UNFOLDED: Final = frozenset({"Shape", "LRN", *WINDOWS})
+"""Of constants no model computes a convolution; what a window would take on the way is not known beforehand."""
 _MOST_FOLDED: Final = 1 << 20
 """Elements of what is kept of what constants make: more is made at each run."""
+_MANY: Final = 1 << 30
+_MOST_MADE: Final = 1 << 28
+"""Elements that constants may make at all."""
 
 
 def read_graph(model: Path | bytes) -> Graph:
@@ -33,25 +39,33 @@ def read_graph(model: Path | bytes) -> Graph:
         raise InvalidModel(
             f"the graph is of opset {opset}; PyTorch runs those from {_LEAST_OPSET} on (onnx.version_converter)"
         )
-    constants = {each.name: _tensor(each) for each in proto.graph.initializer}
-    infos = [_info(each) for each in proto.graph.input if each.name not in constants]
-    folding = _Folding(constants, {each.name for each in infos}, {each.name for each in proto.graph.output})
-    nodes = folding.nodes(proto.graph.node)
-    return Graph(
-        nodes,
-        constants,
-        tuple(infos),
-        tuple(_info(each) for each in proto.graph.output),
-        _ranks(proto),
-        {each.key: each.value for each in proto.metadata_props},
-    )
+    try:
+        return _read(proto, opset)
+    except InvalidModel:
+        raise
+    except Exception as error:  # of what the file may hold in the place of a value, a type or a shape
+        raise InvalidModel(f"its graph can't be read: {first_line(error)}") from error
+
+
+def _read(proto: onnx.ModelProto, opset: int) -> Graph:
+    graph = proto.graph
+    constants = {each.name: _tensor(each) for each in graph.initializer}
+    inputs = tuple(_info(each) for each in graph.input if each.name not in constants)
+    outputs = tuple(_info(each) for each in graph.output)
+    folding = _Folding(constants, {each.name for each in inputs}, {each.name for each in outputs}, opset)
+    nodes = folding.nodes(graph.node)
+    there = {*constants, *(each.name for each in inputs), *(name for node in nodes for name in node.outputs)}
+    if missing := [each.name for each in outputs if each.name not in there]:
+        raise InvalidModel(f"nothing makes its output {missing[0]!r}")
+    metadata = {each.key: each.value for each in proto.metadata_props}
+    return Graph(nodes, constants, inputs, outputs, _ranks(proto), metadata)
 
 
 class _Folding:
     """What is made of constants alone becomes a constant; copies go."""
 
-    def __init__(self, constants: dict[str, Tensor], inputs: set[str], outputs: set[str]) -> None:
-        self._constants, self._outputs = constants, outputs
+    def __init__(self, constants: dict[str, Tensor], inputs: set[str], outputs: set[str], opset: int) -> None:
+        self._constants, self._outputs, self._opset = constants, outputs, opset
         self._names: dict[str, str] = {}
         self._made = set(inputs)
 
@@ -59,16 +73,32 @@ class _Folding:
         """The nodes that are left."""
         kept = []
         for proto in protos:
-            if proto.op_type == "Constant" and proto.domain in OWN_DOMAINS:
-                self._constants[proto.output[0]] = _constant(proto)
-                continue
-            node = self._read(proto)
-            if node.op in _SAME and node.outputs[0] not in self._outputs:
-                self._names[node.outputs[0]] = node.inputs[0]
-            elif not self._fold(node):
-                kept.append(node)
-                self._made.update(node.outputs)
+            if not proto.output:
+                raise InvalidModel(f"{proto.op_type} {proto.name!r} makes nothing")
+            try:
+                kept += self._visit(proto)
+            except InvalidModel:
+                raise
+            except Exception as error:  # of what the file may hold in the place of an attribute or a value
+                raise InvalidModel(f"{title(proto)} can't be read: {first_line(error)}") from error
         return kept
+
+    def _visit(self, proto: onnx.NodeProto) -> list[Node]:
+        """The node, where there has to be one."""
+        for name in filter(None, proto.output):
+            if name in self._made or name in self._constants or name in self._names:
+                raise InvalidModel(f"{title(proto)} makes {name!r}, which is there already")
+        if proto.op_type == "Constant" and proto.domain in OWN_DOMAINS:
+            self._constants[proto.output[0]] = _constant(proto)
+            return []
+        node = self._read(proto)
+        if node.op in _SAME and node.outputs[0] not in self._outputs:
+            self._names[node.outputs[0]] = node.inputs[0]
+            return []
+        if self._fold(node):
+            return []
+        self._made.update(node.outputs)
+        return [node]
 
     def _read(self, proto: onnx.NodeProto) -> Node:
         inputs = tuple(self._names.get(name, name) for name in proto.input)
@@ -84,23 +114,46 @@ class _Folding:
             if name not in self._made and name not in self._constants:
                 raise refused(node, f"reads {name!r}, which nothing that PyTorch runs makes")
         node = node.having(attributes={each.name: _attribute(each) for each in proto.attribute})
+        _check_schema(node, proto, self._opset)
         OPERATORS[node.op].check(node)
         return node
 
     def _fold(self, node: Node) -> bool:
-        names = [name for name in node.inputs if name]
-        if node.op == "Shape" or not all(name in self._constants for name in names):
+        if node.op in _UNFOLDED or not all(name in self._constants for name in node.inputs if name):
             return False
         values = [self._constants[name] if name else None for name in node.inputs]
         try:
+            made = elements(node, values)
+            if made > _MOST_MADE:
+                raise refused(node, f"makes {made:,} values of constants alone; at most {_MOST_MADE:,} are made so")
+            if made > max(_MOST_FOLDED, *(v.numel() for v in values if v is not None), 0):
+                return False
             found = OPERATORS[node.op].bound(node, _CPU)(*values)
+        except InvalidModel:
+            raise
         except Exception as error:  # whatever PyTorch's operators raise
             raise refused(node, f"can't be computed: {first_line(error)}") from error
-        outputs = found if isinstance(found, tuple) else (found,)
-        if max(each.numel() for each in outputs) > max(_MOST_FOLDED, *(v.numel() for v in values if v is not None), 0):
-            return False
-        self._constants |= dict(zip(node.outputs, outputs, strict=False))
+        self._constants |= dict(zip(node.outputs, found if isinstance(found, tuple) else (found,), strict=False))
         return True
+
+
+def _check_schema(node: Node, proto: onnx.NodeProto, opset: int) -> None:
+    """Raise InvalidModel where inputs or attributes are missing that ONNX asks for, or are of another kind."""
+    try:
+        schema = defs.get_schema(node.op, opset, "")
+    except defs.SchemaError:  # of a later opset than the graph's
+        return
+    if not schema.min_input <= len(node.inputs) <= schema.max_input or not all(node.inputs[: schema.min_input]):
+        more = f" to {schema.max_input}" if schema.max_input < _MANY else " or more"
+        wanted = str(schema.min_input) + (more if schema.max_input != schema.min_input else "")
+        raise refused(node, f"has {len([*filter(None, node.inputs)])} inputs; ONNX asks for {wanted}")
+    for name, attribute in schema.attributes.items():
+        if attribute.required and name not in node.attributes:
+            raise refused(node, f"has no attribute {name!r}, which ONNX asks for")
+    kinds = {name: attribute.type.value for name, attribute in schema.attributes.items()}  # type: ignore[attr-defined]
+    for each in proto.attribute:
+        if each.type != kinds.get(each.name, each.type):
+            raise refused(node, f"has an attribute {each.name!r} of another type than ONNX's")
 
 
 def _attribute(proto: onnx.AttributeProto) -> Any:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fullframe.engine.graph.fusions import fuse
 from fullframe.engine.graph.ir import needed
+from fullframe.engine.graph.module import GraphModule
 from fullframe.engine.graph.program import Program, Weights
 from fullframe.engine.graph.reader import read_graph
+from fullframe.engine.graph.replay import Replays
 from fullframe.engine.graph.simplify import simplify
 from fullframe.errors import InvalidModel
 
@@ -28,6 +30,8 @@ class TorchSession:
         device: where it runs.
         dtype: of the maps: float32, bfloat16 or float16. What is reduced to a few numbers is float32.
         fused: combine operators into fusedpool's and our own kernels; None: on an accelerator.
+        replays: the device's, to replay runs with shapes that come again. The session then is its one thread's and
+            stream's too.
 
     Attributes:
         inputs, outputs: the graph's.
@@ -44,10 +48,12 @@ class TorchSession:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         fused: bool | None = None,
+        replays: Replays | None = None,
     ) -> None:
         if dtype not in (torch.float32, *_NARROW):
             raise ValueError(f"dtype is {dtype}; it must be float32, bfloat16 or float16")
         self.device, self.dtype = torch.device(device), dtype
+        self._replays = replays
         self._fused = self.device.type != "cpu" if fused is None else fused
         try:
             self._graph = simplify(read_graph(model))
@@ -79,11 +85,16 @@ class TorchSession:
             raise ValueError(f"the graph takes {', '.join(sorted(names))}; it was given {', '.join(sorted(feeds))}")
         if self.dtype is not torch.float32:
             feeds = {name: self._as_map(each) for name, each in feeds.items()}
-        found = self._program(outputs).run(feeds)
+        program = self._program(outputs)
+        found = program.run(feeds) if self._replays is None else self._replays.run(program, feeds)
         return [
             _compact(each.to(torch.float32) if name in self._floats else each)
             for name, each in zip(outputs, found, strict=True)
         ]
+
+    def module(self, outputs: Sequence[str]) -> GraphModule:
+        """The same for torch.compile, from feeds with maps of the session's dtype; raises ValueError as `run`."""
+        return GraphModule(self._program(outputs), [name in self._floats for name in outputs])
 
     def _as_map(self, value: Tensor) -> Tensor:
         return value.to(self.dtype) if value.dim() == 4 and value.dtype is torch.float32 else value

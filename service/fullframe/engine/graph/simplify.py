@@ -9,8 +9,10 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from fullframe.engine.graph.ir import Graph, Node, Readers, needed
+from fullframe.engine.graph.ir import Graph, Node, Readers, needed, refused
 from fullframe.engine.graph.operators.own import AFFINE, PIXELS
+from fullframe.engine.graph.sizes import at_once
+from fullframe.errors import first_line
 
 _FLOAT: Final = 1  # of TensorProto
 _TO_CHANNELS_FIRST: Final = [0, 3, 1, 2]
@@ -20,7 +22,8 @@ def simplify(graph: Graph) -> Graph:
     """The same outputs from fewer nodes."""
     wanted = [each.name for each in graph.outputs]
     constants = dict(graph.constants)
-    nodes = _with_activations(needed(graph.nodes, wanted), constants, wanted)
+    nodes = at_once(needed(graph.nodes, wanted), constants, wanted)
+    nodes = _with_activations(nodes, constants, wanted)
     images = {each.name for each in graph.inputs if each.dtype == "tensor(uint8)"}
     nodes = needed(_Affines(constants, images, graph.ranks).nodes(nodes, wanted), wanted)
     used = {name for node in nodes for name in node.inputs} | set(wanted)
@@ -58,7 +61,10 @@ class _Affines:
         self._readers = Readers(nodes, wanted)
         found: list[Node] = []
         for node in nodes:
-            node = self._visit(node)
+            try:
+                node = self._visit(node)
+            except Exception as error:  # of constants that don't fit each other
+                raise refused(node, f"can't be computed: {first_line(error)}") from error
             found.append(node)
             self._made |= dict.fromkeys(node.outputs, node)
         return found
@@ -199,12 +205,13 @@ def _activation(node: Node, readers: Readers, constants: dict[str, Tensor]) -> t
     return None
 
 
-def _factors(node: Node, readers: Readers) -> list[str]:
-    """What a product of products multiplies."""
+def _factors(node: Node, readers: Readers, depth: int = 3) -> list[str]:
+    """What a product of products multiplies, as far as formulas go."""
     found = []
     for name in node.inputs:
         made = readers.made_by.get(name)
-        found += _factors(made, readers) if made and made.op == "Mul" and readers.only(name) else [name]
+        further = made is not None and made.op == "Mul" and depth > 0 and readers.only(name)
+        found += _factors(made, readers, depth - 1) if made and further else [name]
     return found
 
 

@@ -89,6 +89,16 @@ class Masks:
             found = self.add("Mul", [found, factor]) if found else factor
         return found
 
+    def shares(self, source: str, pool: onnx.NodeProto) -> str:
+        """Of the cells that each window of an average pool counts in the batch the share that is the image's own: the
+        same pool of the mask, float [N, 1, h, w]."""
+        mask = self.add("Cast", [self._mask(source)], to=self.kind(source))
+        values = {each.name: helper.get_attribute_value(each) for each in pool.attribute}
+        attributes: dict[str, Any] = {
+            name: tuple(each) if isinstance(each, list) else each for name, each in values.items()
+        }
+        return self.add("AveragePool", [mask], "", **attributes)
+
     def divisors(self, source: str, sight: Sight, pads: bool, pooled: str) -> str:
         """What an average pool's output is multiplied by, so that along one side each window's sum is divided by the
         cells that count in the image alone: those that count in the batch, by those.
@@ -151,7 +161,7 @@ class Masks:
         count = self.add("Add", [size, self.ints(slack)]) if slack else size
         if window.stride > 1:
             count = self.add("Div", [count, self.ints(window.stride)])
-        if not window.ceil_mode:
+        if not window.ceil_mode or window.after + window.stride <= window.extent:  # no window begins behind the map
             return count
         last = self.add("Sub", [count, self.ints(1)])
         begins = self.add("Mul", [last, self.ints(window.stride)])

@@ -158,6 +158,9 @@ class _Rewriter:
         if not wrong:
             return
         proto.output[0] = pooled = product = f"{output}.pooled"
+        if not pads and all(isinstance(dim, Side) for dim in (self._known(node.inputs[0]).dims or ())[2:]):
+            self._masks.add("Div", [pooled, self._masks.shares(node.inputs[0], proto)], output)
+            return
         for sight in wrong:
             ratio = self._masks.divisors(node.inputs[0], sight, pads, pooled)
             product = self._masks.add("Mul", [product, ratio], output if sight is wrong[-1] else "")

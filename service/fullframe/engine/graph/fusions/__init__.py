@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from fullframe.engine.graph.fusions.epilogues import fuse_epilogues
 from fullframe.engine.graph.fusions.heads import fuse_heads
+from fullframe.engine.graph.fusions.masks import find_masks
 from fullframe.engine.graph.fusions.pattern import Pattern
 from fullframe.engine.graph.fusions.whole import find_whole, merge_whole
 from fullframe.engine.graph.fusions.windows import fuse_windows
 from fullframe.engine.graph.ir import Graph, Node, needed
 
-_PASSES = (find_whole, fuse_heads, merge_whole, fuse_windows, fuse_epilogues)
+_PASSES = (find_masks, find_whole, fuse_heads, merge_whole, fuse_windows, fuse_epilogues)
 
 
 def fuse(graph: Graph, outputs: Sequence[str]) -> list[Node]:

@@ -20,13 +20,16 @@ def _activate(u, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
         return activate(u, ACTIVATION)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Of every batch another, and not to be compiled for.
+@triton.jit(do_not_specialize=["images", "height", "width"])  # type: ignore[untyped-decorator]
 def _epilogue(  # type: ignore[no-untyped-def]
     x, y, scale, shift, addend, heights, widths, images, channels, height, width, fill,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_HEIGHTS: tl.constexpr,
-    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """A block of BR x BC elements: pixels x channels for channels_last, else (image, channel, line) x its pixels."""
+    """A block of BR x BC elements: pixels x channels for channels_last, else (image, channel, line) x its pixels; width
+    given / ALIGN."""
+    width *= ALIGN
     columns = channels if CHANNELS_LAST else width
     rows = images * height * (width if CHANNELS_LAST else channels)
     blocks = tl.cdiv(columns, BC)
@@ -72,10 +75,11 @@ def launch(
     """Fill y, which may be x; all maps are dense and lie in memory as x does."""
     n, c, h, w = x.shape
     scale, shift, heights, widths = (None if t is None else t.contiguous() for t in (scale, shift, heights, widths))
-    Tile.over(x, h, w).launch(
+    tile = Tile.over(x, h, w)
+    tile.launch(
         _epilogue, x, y, pointer(scale, x), pointer(shift, x), pointer(addend, x), pointer(heights, x),
-        pointer(widths, x), n, c, h, w, fill, **present(scale=scale, shift=shift, addend=addend, heights=heights),
-        ACTIVATION=activation,
+        pointer(widths, x), n, c, h, w // tile.align, fill,
+        **present(scale=scale, shift=shift, addend=addend, heights=heights), ACTIVATION=activation, ALIGN=tile.align,
     )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fullframe.engine.graph.fusions.epilogue_kernel import is_dense, launch
+from fullframe.engine.graph.fusions.masks import mask_of, outside
 from fullframe.engine.graph.fusions.pattern import Pattern, activation_of, without_bias
-from fullframe.engine.graph.fusions.whole import mask_of
 from fullframe.engine.graph.ir import Node
 from fullframe.engine.graph.operators.own import AFFINE, OWN, per_channel
 from fullframe.engine.graph.operators.table import operator
@@ -61,9 +61,7 @@ def _computed(
     found = _FUNCTIONS[activation](found)
     found = found.clone() if found is x else found
     if rows is not None and columns is not None:
-        height, width = (torch.arange(size, device=x.device) for size in x.shape[2:])
-        outside = (height >= rows[:, None])[:, None, :, None] | (width >= columns[:, None])[:, None, None]
-        found.masked_fill_(outside, fill)  # another tensor would not lie in memory as x does
+        found.masked_fill_(outside(x, rows, columns), fill)  # another tensor would not lie in memory as x does
     return found
 
 

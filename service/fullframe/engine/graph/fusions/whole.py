@@ -1,10 +1,11 @@
 """Pools of whole maps, of an image's own cells too: one read of each map for all of them, and for what comes before."""
 
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from fullframe.engine.graph.fusions.masks import mask_of
 from fullframe.engine.graph.fusions.pattern import Pattern, Prologue, without_bias
 from fullframe.engine.graph.ir import Node
 from fullframe.engine.graph.operators.own import OWN
@@ -173,38 +174,3 @@ def _gem(pattern: Pattern, node: Node) -> Node | None:
         return None
     own = pooled.inputs[1], pooled.inputs[2]
     return _pool(node, clip.inputs[0], "gem", pooled.attributes["picks"][0][2], own, p)
-
-
-class Masked(NamedTuple):
-    """A map with `fill` outside of its images' own rows and columns, int64 [N]."""
-
-    source: str
-    own: tuple[str, str]
-    fill: float
-
-
-def mask_of(pattern: Pattern, name: str) -> Masked | None:
-    """What a tensor is, if it is a masked map."""
-    node = pattern.maker(name, "Where")
-    fill = pattern.number(node.inputs[2]) if node else None
-    if node is None or fill is None or pattern.rank(node.inputs[1]) != 4:
-        return None
-    both = pattern.maker(node.inputs[0], "And")
-    sides = dict(filter(None, (_within(pattern, each) for each in both.inputs))) if both else {}
-    return Masked(node.inputs[1], (sides[2], sides[3]), fill) if set(sides) == {2, 3} else None
-
-
-def _within(pattern: Pattern, name: str) -> tuple[int, str] | None:
-    """The axis of a map along which a mask says which cells are below a size, and the size."""
-    spread = pattern.maker(name, "Unsqueeze")
-    less = spread and pattern.maker(spread.inputs[0], "Less")
-    if not spread or not less:
-        return None
-    cells, sizes = pattern.maker(less.inputs[0], "Range"), pattern.maker(less.inputs[1], "Unsqueeze")
-    axes = pattern.ints(spread.inputs[1])
-    axis = 2 if axes == [1, 3] else 3 if axes == [1, 2] else None
-    if axis is None or cells is None or sizes is None or pattern.ints(sizes.inputs[1]) != [1]:
-        return None
-    if (pattern.number(cells.inputs[0]), pattern.number(cells.inputs[2])) != (0, 1):
-        return None
-    return axis, sizes.inputs[0]

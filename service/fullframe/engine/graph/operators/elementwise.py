@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fullframe.engine.graph.ir import Node, refused
-from fullframe.engine.graph.operators.table import aligned, number, operator
+from fullframe.engine.graph.operators.table import Given, aligned, largest, number, operator
 
 _UNARY: Final[dict[str, Any]] = {
     "Abs": torch.abs,
@@ -85,9 +85,16 @@ def _combined(node: Node, *values: Tensor) -> Tensor:
     if node.op == "Pow":  # whose result is of the base's type
         return torch.pow(tensors[0], tensors[1]).to(tensors[0].dtype)
     if node.op in ("Max", "Min"):
-        largest = max(tensors, key=Tensor.numel)
-        tensors = [each.to(largest.device, largest.dtype) if each.dim() == 0 else each for each in tensors]
+        like = largest(tensors)
+        tensors = [_beside(each, like) if each.dim() == 0 else each for each in tensors]
     return reduce(_BINARY[node.op], tensors) if len(tensors) > 1 else tensors[0].clone()
+
+
+def _beside(number_: Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor on another's device, by a kernel's argument: a copy from the CPU would be waited for."""
+    if number_.device == like.device:
+        return number_.to(like.dtype)
+    return torch.full((), number_.item(), dtype=like.dtype, device=like.device)
 
 
 def binary_into(node: Node, x: Tensor, *others: Tensor) -> Tensor:
@@ -146,13 +153,13 @@ def where(node: Node, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return found.to((x if x.dim() else y).dtype)
 
 
-def clip_into(node: Node, x: Tensor, least: Tensor | None = None, most: Tensor | None = None) -> Tensor:
+def clip_into(node: Node, x: Tensor, least: Given = None, most: Given = None) -> Tensor:
     """`clip`."""
     return x if least is None and most is None else x.clamp_(number(least), number(most))
 
 
 @operator("Clip", host=(1, 2), into=clip_into)
-def clip(node: Node, x: Tensor, least: Tensor | None = None, most: Tensor | None = None) -> Tensor:
+def clip(node: Node, x: Tensor, least: Given = None, most: Given = None) -> Tensor:
     """Between two numbers, of which either may be left out."""
     if least is None and most is None:
         return x

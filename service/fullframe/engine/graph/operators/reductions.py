@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from fullframe.engine.graph.ir import Node
-from fullframe.engine.graph.operators.table import accumulator, ints, operator
+from fullframe.engine.graph.operators.table import Given, accumulator, ints, operator
 
 
-def axes_of(node: Node, given: Tensor | None, rank: int) -> list[int]:
+def axes_of(node: Node, given: Given, rank: int) -> list[int]:
     """A reduction's axes, counted from 0: an input since opset 18, an attribute before; none given: all, or none."""
     axes = node.get("axes", None) or ints(given)
     if not axes:
@@ -20,7 +20,7 @@ _MORE = ("ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp")
 
 
 @operator(*_REDUCTIONS, *_MORE, host=(1,))
-def reduction(node: Node, x: Tensor, axes: Tensor | None = None) -> Tensor:
+def reduction(node: Node, x: Tensor, axes: Given = None) -> Tensor:
     """Summed in float32 or wider."""
     dims = axes_of(node, axes, x.dim())
     return reduced(node.op.removeprefix("Reduce"), x, dims, bool(node.get("keepdims", 1))) if dims else x

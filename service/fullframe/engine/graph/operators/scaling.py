@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fullframe.engine.graph.ir import Node, refused
-from fullframe.engine.graph.operators.table import operator
+from fullframe.engine.graph.operators.table import Given, ints, numbers, operator
 
 _PLACES: Final[dict[str, Callable[[Tensor, float, int, int], Tensor]]] = {
     "half_pixel": lambda cell, scale, old, new: (cell + 0.5) / scale - 0.5,
@@ -41,16 +41,12 @@ def _known_modes(node: Node) -> None:
 
 
 @operator("Resize", host_from=1, check=_known_modes)
-def resize(
-    node: Node, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None
-) -> Tensor:
+def resize(node: Node, x: Tensor, roi: Given = None, scales: Given = None, sizes: Given = None) -> Tensor:
     """By scales or to sizes, one axis after the other."""
-    if sizes is not None and sizes.numel():
-        targets = [int(each) for each in sizes.tolist()]
+    if targets := ints(sizes):
         factors = [new / old for new, old in zip(targets, x.shape, strict=True)]
     else:
-        assert scales is not None
-        factors = [float(each) for each in scales.tolist()]
+        factors = numbers(scales) or []
         targets = [int(factor * old) for factor, old in zip(factors, x.shape, strict=True)]
     for axis, (target, factor) in enumerate(zip(targets, factors, strict=True)):
         if target != x.shape[axis] or factor != 1.0:

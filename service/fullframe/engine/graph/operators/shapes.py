@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fullframe.engine.graph.ir import Node, refused
-from fullframe.engine.graph.operators.table import ints, number, operator
+from fullframe.engine.graph.operators.table import Given, ints, largest, number, operator
 
 
 @operator("Shape")
@@ -23,7 +23,7 @@ def size(node: Node, x: Tensor) -> Tensor:
 
 
 @operator("Reshape", host=(1,))
-def reshape(node: Node, x: Tensor, target: Tensor) -> Tensor:
+def reshape(node: Node, x: Tensor, target: Given) -> Tensor:
     """0 is the dimension in that place, unless `allowzero`; -1 the rest."""
     wanted = ints(target) or []
     if not node.get("allowzero", 0):
@@ -40,14 +40,14 @@ def flatten(node: Node, x: Tensor) -> Tensor:
 
 
 @operator("Squeeze", host=(1,))
-def squeeze(node: Node, x: Tensor, axes: Tensor | None = None) -> Tensor:
+def squeeze(node: Node, x: Tensor, axes: Given = None) -> Tensor:
     """Along these axes, or all of length 1."""
     chosen = ints(axes)
     return x.squeeze() if chosen is None else x.squeeze(tuple(chosen))
 
 
 @operator("Unsqueeze", host=(1,))
-def unsqueeze(node: Node, x: Tensor, axes: Tensor) -> Tensor:
+def unsqueeze(node: Node, x: Tensor, axes: Given) -> Tensor:
     """New axes, counted in what comes out."""
     chosen = ints(axes) or []
     rank = x.dim() + len(chosen)
@@ -70,12 +70,14 @@ def concat(node: Node, *parts: Tensor) -> Tensor:
 
 def _cat_aligned(parts: tuple[Tensor, ...]) -> list[Tensor]:
     """In one type and on one device, each of its own rank."""
-    largest = max(parts, key=Tensor.numel)
-    return [each.to(largest.device, largest.dtype) for each in parts]
+    if len({(each.device, each.dtype) for each in parts}) == 1:
+        return list(parts)
+    like = largest(parts)
+    return [each.to(like.device, like.dtype) for each in parts]
 
 
 @operator("Split", host=(1,))
-def split(node: Node, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+def split(node: Node, x: Tensor, sizes: Given = None) -> tuple[Tensor, ...]:
     """In the sizes given, or as evenly as goes, the last one smaller."""
     axis, lengths = node.get("axis", 0), ints(sizes)
     if lengths is None:
@@ -87,9 +89,7 @@ def split(node: Node, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, .
 
 
 @operator("Slice", host_from=1)
-def slice_(
-    node: Node, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
-) -> Tensor:
+def slice_(node: Node, x: Tensor, starts: Given, ends: Given, axes: Given = None, steps: Given = None) -> Tensor:
     """Bounds beyond the ends are cut to them; steps may be negative."""
     firsts, lasts = ints(starts) or [], ints(ends) or []
     along, strides = ints(axes) or list(range(len(firsts))), ints(steps) or [1] * len(firsts)
@@ -116,7 +116,7 @@ def gather(node: Node, x: Tensor, indices: Tensor) -> Tensor:
 
 
 @operator("Expand", host=(1,))
-def expand(node: Node, x: Tensor, target: Tensor) -> Tensor:
+def expand(node: Node, x: Tensor, target: Given) -> Tensor:
     """As if it met a value of that shape."""
     wanted = ints(target) or []
     rank = max(len(wanted), x.dim())
@@ -125,19 +125,20 @@ def expand(node: Node, x: Tensor, target: Tensor) -> Tensor:
 
 
 @operator("Tile", host=(1,))
-def tile(node: Node, x: Tensor, repeats: Tensor) -> Tensor:
+def tile(node: Node, x: Tensor, repeats: Given) -> Tensor:
     """So often along each axis."""
     return x.repeat(ints(repeats) or [])
 
 
 @operator("Range", host=(0, 1, 2), creates=True)
-def range_(node: Node, start: Tensor, limit: Tensor, delta: Tensor, *, device: torch.device) -> Tensor:
+def range_(node: Node, start: Given, limit: Given, delta: Given, *, device: torch.device) -> Tensor:
     """Up to but without the limit."""
-    return torch.arange(number(start), number(limit), number(delta), dtype=start.dtype, device=device)
+    dtype = next((each.dtype for each in (start, limit, delta) if isinstance(each, Tensor)), None)
+    return torch.arange(number(start), number(limit), number(delta), dtype=dtype, device=device)
 
 
 @operator("ConstantOfShape", host=(0,), creates=True)
-def constant_of_shape(node: Node, target: Tensor, *, device: torch.device) -> Tensor:
+def constant_of_shape(node: Node, target: Given, *, device: torch.device) -> Tensor:
     """Of one value, 0.0 unless told."""
     value = node.get("value", torch.zeros(1))
     return torch.full(ints(target) or [], value.item(), dtype=value.dtype, device=device)

@@ -1,6 +1,6 @@
 """The table that the operators' modules fill, and what they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -15,6 +15,10 @@ Run: TypeAlias = Callable[..., Outputs]
 """(node, *inputs) -> its output, or all of several; an input left out is None, and so are those behind the last."""
 Check: TypeAlias = Callable[[Node], object]
 """Raises InvalidModel for attributes that can't be run."""
+Numbers: TypeAlias = tuple[Any, ...]
+"""A constant's elements, known when its node is bound, so that nothing asks for them while it runs."""
+Given: TypeAlias = Tensor | Numbers | None
+"""What comes in a position of Operator.host."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Operator:
 
     Attributes:
         run: what they do.
-        host: positions of inputs whose values are needed as numbers, and so on the CPU; those from `host_from` on too.
+        host: positions of inputs whose values are needed as numbers, those from `host_from` on too: constants come as
+            Numbers, what is computed as tensors on the CPU.
         check: what is refused.
         creates: `run` makes tensors of numbers alone, and takes the device that they go to.
         broadcasts: a constant of one element may stay on the CPU, from where kernels take it as an argument.
@@ -80,8 +85,16 @@ def aligned(*tensors: Tensor) -> list[Tensor]:
     floats = {each.dtype for each in tensors if each.is_floating_point() and each.dim()}
     if len(floats) < 2:
         return list(tensors)
-    dtype = max((each for each in tensors if each.is_floating_point()), key=Tensor.numel).dtype
+    dtype = largest([each for each in tensors if each.is_floating_point()]).dtype
     return [each.to(dtype) if each.is_floating_point() else each for each in tensors]
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The first of those with the most elements; as a loop, which torch.compile can follow."""
+    found = tensors[0]
+    for each in tensors[1:]:
+        found = each if each.numel() > found.numel() else found
+    return found
 
 
 def accumulator(x: Tensor) -> torch.dtype | None:
@@ -89,11 +102,20 @@ def accumulator(x: Tensor) -> torch.dtype | None:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
 
 
-def ints(tensor: Tensor | None) -> list[int] | None:
-    """The numbers of a tensor on the CPU; None where it is left out."""
-    return None if tensor is None else [int(each) for each in tensor.reshape(-1).tolist()]
+def numbers(given: Given) -> list[Any] | None:
+    """The elements of a constant, or of a tensor on the CPU; None where it is left out."""
+    if given is None:
+        return None
+    return given.reshape(-1).tolist() if isinstance(given, Tensor) else list(given)
 
 
-def number(value: Any) -> Any:
-    """A scalar tensor's value, or None."""
-    return None if value is None else value.reshape(()).item()
+def ints(given: Given) -> list[int] | None:
+    """The same as whole numbers."""
+    found = numbers(given)
+    return None if found is None else [int(each) for each in found]
+
+
+def number(given: Given) -> Any:
+    """The one element, or None."""
+    found = numbers(given)
+    return None if found is None else found[0]

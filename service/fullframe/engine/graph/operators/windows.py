@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fullframe.engine.graph.ir import Node, refused
-from fullframe.engine.graph.operators.table import accumulator, ints, number, operator
+from fullframe.engine.graph.operators.table import Given, accumulator, ints, number, operator
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -19,6 +19,7 @@ class Side(NamedTuple):
         cells: of the map.
         windows: how many there are.
         before, after: padding of the operator's own.
+        ceil: the last window may hang over that.
     """
 
     cells: int
@@ -28,10 +29,13 @@ class Side(NamedTuple):
     dilation: int
     before: int
     after: int
+    ceil: bool = False
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Cells before and behind the map (below 0: fewer than the map's) that the windows take in."""
+        """Cells before and behind the map (below 0: fewer than the map's) such that the windows lie within."""
+        if not self.ceil:
+            return self.before, self.after
         end = (self.windows - 1) * self.stride + (self.kernel - 1) * self.dilation + 1
         return self.before, end - self.before - self.cells
 
@@ -64,7 +68,7 @@ def sides_of(node: Node, shape: tuple[int, ...], kernel: list[int]) -> list[Side
             windows = (-(-slack // stride) if ceil else slack // stride) + 1
             if ceil and (windows - 1) * stride >= cells + before:  # it would begin behind the map
                 windows -= 1
-        found.append(Side(cells, windows, size, stride, dilation, before, after))
+        found.append(Side(cells, windows, size, stride, dilation, before, after, ceil))
     return found
 
 
@@ -76,7 +80,7 @@ def symmetric(node: Node) -> bool:
 
 
 def _reached(x: Tensor, sides: list[Side], value: float) -> Tensor:
-    """The map with just the padding that its windows see."""
+    """The map with the padding that its windows see."""
     pads = [each for side in reversed(sides) for each in side.reach]
     return F.pad(x, pads, value=value) if any(pads) else x
 
@@ -155,7 +159,7 @@ def _known_mode(node: Node) -> None:
 
 
 @operator("Pad", host_from=1, check=_known_mode)
-def pad(node: Node, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
+def pad(node: Node, x: Tensor, pads: Given, value: Given = None, axes: Given = None) -> Tensor:
     """Pads below 0 cut off; other modes than constant along the last two or three axes."""
     rank, given = x.dim(), ints(pads) or []
     along = [axis % rank for axis in ints(axes) or range(rank)]
