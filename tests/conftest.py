@@ -6,15 +6,24 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from tests.models import write_model
 from tests.serving import Running, serving
 
-# Triton reads it when it is imported: kernels run on the CPU, in its interpreter, unless a GPU is asked for.
-if not re.search(r"(?<!not )\bgpu\b", " ".join([os.environ.get("PYTEST_ADDOPTS", ""), *sys.argv])):
+_ON_GPU: Final = re.search(r"(?<!not )\bgpu\b", " ".join([os.environ.get("PYTEST_ADDOPTS", ""), *sys.argv]))
+if not _ON_GPU:  # Triton reads it when it is imported: kernels run on the CPU, in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what runs on a GPU unless `gpu` is asked for: `-m slow` is for every machine."""
+    if left_out := [] if _ON_GPU else [item for item in items if item.get_closest_marker("gpu")]:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that the tests start from one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
