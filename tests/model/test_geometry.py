@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fullframe.errors import InvalidInput, InvalidModel
-from fullframe.model.geometry import Geometry, GraphGeometry, TensorGeometry, graph_geometry
+from fullframe.model.geometry import OUTPUT, Geometry, GraphGeometry, TensorGeometry, graph_geometry
 from fullframe.model.repository import BUNDLED
 from tests.model.graphs import (
     Branches,
@@ -186,7 +186,7 @@ def from_tiles(geometry: Geometry, model: onnx.ModelProto, image: NDArray[np.uin
     opened = session(model)
     whole = run(opened, image)["feature_map"]
     kept = np.full_like(whole, np.nan)
-    alignment, pixels = geometry.tiles().alignment, image.shape[1:3]
+    alignment, pixels = geometry.graph.alignment(OUTPUT), image.shape[1:3]
     first = [each * step for each, step in zip(cut, alignment, strict=True)]
     for top, left in ((0, 0), (0, first[1]), (first[0], 0), (first[0], first[1])):
         begin, end, cells = [], [], []
@@ -222,7 +222,7 @@ def test_tiles_put_together_are_the_whole(path: list[Stage], extra: int) -> None
         assert "closer than the image's pixels" in str(error)
         assume(False)
     assume(not geometry.obstacles)
-    alignment = geometry.tiles().alignment
+    alignment = geometry.graph.alignment(OUTPUT)
     image = images_of(*(max(2 * geometry.receptive_field[i] + extra + 5, alignment[i] * 3 + 7) for i in (0, 1)))
     cut = [max(1, (image.shape[1 + i] - max(geometry.smallest_size)) // alignment[i] // 2) for i in (0, 1)]
     assume(all(image.shape[1 + i] - cut[i] * alignment[i] >= geometry.smallest_size[i] for i in (0, 1)))
@@ -289,7 +289,7 @@ def test_enlarged_cells_lie_closer(resize: Resize, start: int, field: int) -> No
     assert geometry.stride == (2, 2)
     assert geometry.start == (start, start)
     assert geometry.receptive_field == (field, field)
-    assert geometry.tiles().alignment == (4, 4), "a tile that begins between the coarse cells has others"
+    assert geometry.graph.alignment(OUTPUT) == (4, 4), "a tile that begins between the coarse cells has others"
     lit = seen(session(model), (24, 24), 0)["feature_map"]
     check_cells(lit, geometry.graph.tensors["feature_map"], 0, tight=False)
 
@@ -409,9 +409,9 @@ def test_what_torch_exports() -> None:
 def test_the_bundled_model_can_be_tiled() -> None:
     """Several levels of the image, their maps averaged on the coarsest grid and divided by summed weights."""
     geometry = graph_geometry(onnx.load(BUNDLED))
-    assert geometry.tiles().possible
+    assert not geometry.obstacles
     geometry.graph.check_sizes()
-    assert geometry.tiles().alignment == geometry.stride
+    assert geometry.graph.alignment(OUTPUT) == geometry.stride
 
 
 def test_heads_count_for_the_smallest_size_alone() -> None:

@@ -1,7 +1,7 @@
 """Why a graph can't be computed in tiles: the node, the reason, and what is known of it all the same."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from fullframe.errors import InvalidInput, InvalidModel
 from fullframe.model.geometry import Geometry, GraphGeometry, graph_geometry
+from fullframe.model.strips import tiles_of
 from tests.model.graphs import Branches, Builder, Cut, Stage, Window, build, run, seen, session
 
 Step = Callable[[Builder], str]
@@ -86,92 +87,94 @@ def checked(model: onnx.ModelProto) -> Geometry:
     return geometry
 
 
-@pytest.mark.parametrize(
-    ("steps", "kind", "words"),
-    [
-        (
-            [STEM, gate(by_convolution)],
-            "whole image",
-            "GlobalAveragePool 'node_globalaveragepool_4' takes one value from the whole image, and Mul 'node_mul_7' "
-            "puts that back into the map",
-        ),
-        ([STEM, gate(by_matrix)], "whole image", "ReduceMean 'node_reducemean_4' takes one value from the whole image"),
-        ([STEM, gate(by_rows)], "whole image", "ReduceMax 'node_reducemax_4' takes one value from whole rows"),
-        (
-            [STEM, node("InstanceNormalization", np.ones(3, "f"), np.zeros(3, "f"))],
-            "whole image",
-            "InstanceNormalization 'node_instancenormalization_4' computes every cell from all",
-        ),
-        ([STEM, node("Softmax", axis=-1)], "whole image", "Softmax 'node_softmax_4' works along a side of the map"),
-        (
-            [Window("Conv", (3, 3), (2, 2), auto_pad="SAME_UPPER")],
-            "image size",
-            "Conv 'node_conv_3' has auto_pad SAME_UPPER with a stride of 2, so where its windows begin depends",
-        ),
-        (
-            [STEM, lambda b: b.node("Resize", [b.last, "", "", as_large_as(b)])],
-            "image size",
-            "Resize 'node_resize_7' scales the map to a size computed from another",
-        ),
-        (
-            [
-                STEM,
-                node("Resize", None, np.array([1, 1, 2, 2], "f"), mode="linear"),
-                lambda b: b.node("Resize", [b.last, "", "", as_large_as(b)]),
-            ],
-            "image size",
-            "Resize 'node_resize_8' scales the map to a size",
-        ),
-        (
-            [STEM, lambda b: b.node("Div", [b.last, b.node("Cast", [b.node("Size", [b.last])], to=1)])],
-            "unknown",
-            "Size 'node_size_4' is not known to keep",
-        ),
-        (
-            [
-                STEM,
-                lambda b: b.node(
-                    "Add", [b.last, b.node("Cast", [b.node("Shape", ["images"], start=1, end=2)], to=TensorProto.FLOAT)]
-                ),
-            ],
-            "image size",
-            "Shape 'node_shape_4' takes the image's size, and Add 'node_add_6' puts that back into the map",
-        ),
-        ([STEM, Cut((3, 0, 0, 0), step=1), SMOOTH], "image size", "Slice 'node_slice_4' crops the map's border"),
-        (
-            [STEM, node("Pad", longs(0, 0, 1, 1, 0, 0, 1, 1), mode="edge")],
-            "image size",
-            "Pad 'node_pad_4' fills its padding with the map's own cells (mode 'edge')",
-        ),
-    ],
-)
+OBSTACLES: Final[list[tuple[list[Step | Stage], str, str]]] = [
+    (
+        [STEM, gate(by_convolution)],
+        "whole image",
+        "GlobalAveragePool 'node_globalaveragepool_4' takes one value from the whole image, and Mul 'node_mul_7' "
+        "puts that back into the map",
+    ),
+    ([STEM, gate(by_matrix)], "whole image", "ReduceMean 'node_reducemean_4' takes one value from the whole image"),
+    ([STEM, gate(by_rows)], "whole image", "ReduceMax 'node_reducemax_4' takes one value from whole rows"),
+    (
+        [STEM, node("InstanceNormalization", np.ones(3, "f"), np.zeros(3, "f"))],
+        "whole image",
+        "InstanceNormalization 'node_instancenormalization_4' computes every cell from all",
+    ),
+    ([STEM, node("Softmax", axis=-1)], "whole image", "Softmax 'node_softmax_4' works along a side of the map"),
+    (
+        [Window("Conv", (3, 3), (2, 2), auto_pad="SAME_UPPER")],
+        "image size",
+        "Conv 'node_conv_3' has auto_pad SAME_UPPER with a stride of 2, so where its windows begin depends",
+    ),
+    (
+        [STEM, lambda b: b.node("Resize", [b.last, "", "", as_large_as(b)])],
+        "image size",
+        "Resize 'node_resize_7' scales the map to a size computed from another",
+    ),
+    (
+        [
+            STEM,
+            node("Resize", None, np.array([1, 1, 2, 2], "f"), mode="linear"),
+            lambda b: b.node("Resize", [b.last, "", "", as_large_as(b)]),
+        ],
+        "image size",
+        "Resize 'node_resize_8' scales the map to a size",
+    ),
+    (
+        [STEM, lambda b: b.node("Div", [b.last, b.node("Cast", [b.node("Size", [b.last])], to=1)])],
+        "unknown",
+        "Size 'node_size_4' is not known to keep",
+    ),
+    (
+        [
+            STEM,
+            lambda b: b.node(
+                "Add", [b.last, b.node("Cast", [b.node("Shape", ["images"], start=1, end=2)], to=TensorProto.FLOAT)]
+            ),
+        ],
+        "image size",
+        "Shape 'node_shape_4' takes the image's size, and Add 'node_add_6' puts that back into the map",
+    ),
+    ([STEM, Cut((3, 0, 0, 0), step=1), SMOOTH], "image size", "Slice 'node_slice_4' crops the map's border"),
+    (
+        [STEM, node("Pad", longs(0, 0, 1, 1, 0, 0, 1, 1), mode="edge")],
+        "image size",
+        "Pad 'node_pad_4' fills its padding with the map's own cells (mode 'edge')",
+    ),
+]
+"""Graphs that can't be computed in tiles, with the kind of the obstacle and how it is told."""
+
+
+@pytest.mark.parametrize(("steps", "kind", "words"), OBSTACLES)
 def test_what_cannot_be_tiled_says_why_and_is_still_known(steps: list[Step | Stage], kind: str, words: str) -> None:
-    geometry = checked(graph(*steps))
+    model = graph(*steps)
+    geometry = checked(model)
     assert kind in {obstacle.kind for obstacle in geometry.obstacles}
     assert any(str(obstacle).startswith(words) for obstacle in geometry.obstacles), geometry.obstacles
-    assert not geometry.tiles().possible
+    assert not tiles_of(model).possible
     assert geometry.graph.tensors["images"].obstacles == ()
 
 
-@pytest.mark.parametrize(
-    ("steps", "kept"),
-    [
-        ([STEM, node("Softmax", axis=1)], "over channels"),
-        ([STEM, node("Transpose", perm=[0, 2, 3, 1]), node("LayerNormalization", np.ones(3, "f"), axis=-1),
-          node("MatMul", np.ones((3, 5), "f")), node("Transpose", perm=[0, 3, 1, 2])], "in the order of channels last"),
-        ([STEM, lambda b: b.node("Reshape", [b.node("Transpose", [b.node("Reshape", [
-            b.last, b.node("Concat", [b.ints(0, 3, 1), b.node("Shape", [b.last], start=2)], axis=0)])],
-            perm=[0, 2, 1, 3, 4]), b.node("Shape", [b.last])])], "channels shuffled"),
-        ([STEM, lambda b: b.node("Sum", b.node("Split", [b.last], axis=1, num_outputs=1).split())], "split"),
-        ([STEM, node("ReduceMean", longs(1))], "a mean over channels"),
-        ([STEM, lambda b: b.node("Expand", [b.last, b.node("Shape", [b.last])])], "expanded to its own shape"),
-        ([STEM, node("Slice", longs(0, 1), longs(2**40, 2**40), longs(2, 3), longs(2, 2))], "every second cell"),
-        ([STEM, lambda b: b.node("Mul", [
-            b.last, b.node("Unsqueeze", [b.constant("w", np.ones(3, "f")), b.ints(1, 2)])])],
-         "a constant brought into shape"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+KEPT: Final[list[tuple[list[Step | Stage], str]]] = [
+    ([STEM, node("Softmax", axis=1)], "over channels"),
+    ([STEM, node("Transpose", perm=[0, 2, 3, 1]), node("LayerNormalization", np.ones(3, "f"), axis=-1),
+      node("MatMul", np.ones((3, 5), "f")), node("Transpose", perm=[0, 3, 1, 2])], "in the order of channels last"),
+    ([STEM, lambda b: b.node("Reshape", [b.node("Transpose", [b.node("Reshape", [
+        b.last, b.node("Concat", [b.ints(0, 3, 1), b.node("Shape", [b.last], start=2)], axis=0)])],
+        perm=[0, 2, 1, 3, 4]), b.node("Shape", [b.last])])], "channels shuffled"),
+    ([STEM, lambda b: b.node("Sum", b.node("Split", [b.last], axis=1, num_outputs=1).split())], "split"),
+    ([STEM, node("ReduceMean", longs(1))], "a mean over channels"),
+    ([STEM, lambda b: b.node("Expand", [b.last, b.node("Shape", [b.last])])], "expanded to its own shape"),
+    ([STEM, node("Slice", longs(0, 1), longs(2**40, 2**40), longs(2, 3), longs(2, 2))], "every second cell"),
+    ([STEM, lambda b: b.node("Mul", [
+        b.last, b.node("Unsqueeze", [b.constant("w", np.ones(3, "f")), b.ints(1, 2)])])],
+     "a constant brought into shape"),
+]  # fmt: skip
+"""Graphs that can, each with what it has."""
+
+
+@pytest.mark.parametrize(("steps", "kept"), KEPT, ids=[kept for _, kept in KEPT])
 def test_what_keeps_cells_in_their_places_is_no_obstacle(steps: list[Step | Stage], kept: str) -> None:
     geometry = checked(graph(*steps))
     assert geometry.obstacles == (), kept
@@ -245,7 +248,7 @@ def test_a_constant_of_one_size_fits_one_image() -> None:
 
 def test_the_first_of_each_kind_stands_for_all() -> None:
     same = Window("MaxPool", (3, 3), (2, 2), auto_pad="SAME_UPPER")
-    tiles = graph_geometry(graph(same, gate(by_convolution), gate(by_convolution), gate(by_convolution))).tiles()
+    tiles = tiles_of(graph(same, gate(by_convolution), gate(by_convolution), gate(by_convolution)))
     assert len(tiles.obstacles) == 2
     assert tiles.obstacles[0].startswith("MaxPool 'node_maxpool_3' has auto_pad SAME_UPPER")
     assert tiles.obstacles[1].endswith("puts that back into the map (and 2 more such)")
@@ -337,8 +340,9 @@ def test_a_head_for_one_size_is_told_though_the_map_can_be_tiled() -> None:
     builder.node("Identity", [builder.last], output="feature_map")
     flat = builder.node("Flatten", ["feature_map"])
     builder.node("Gemm", [flat, builder.constant("m", np.ones((147, 5), "f"))], output="logits")
-    geometry = graph_geometry(builder.model(["feature_map", "logits"]))
-    assert geometry.tiles().possible
+    model = builder.model(["feature_map", "logits"])
+    geometry = graph_geometry(model)
+    assert tiles_of(model).possible
     with pytest.raises(InvalidModel, match="Gemm 'node_logits' multiplies a flattened map by a matrix, which fits one"):
         geometry.graph.check_sizes()
 

@@ -1,5 +1,6 @@
 """Graphs cut for strips: what they carry, in what numbers, and which can't be cut."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from fullframe.errors import InvalidModel
+from fullframe.model.geometry import graph_geometry
 from fullframe.model.repository import BUNDLED, int8_copy
-from fullframe.model.strips import Place, StripGraphs, carried_bytes, strip_graphs
-from tests.model.graphs import Builder
+from fullframe.model.strips import Place, StripGraphs, carried_bytes, strip_graphs, tiles_of
+from tests.model.graphs import Builder, Cut, Stage, Window
+from tests.model.test_geometry_obstacles import KEPT, OBSTACLES, STEM, Step, graph, longs, node
 from tests.models import write_model
 
 Array = NDArray[Any]
@@ -178,17 +181,33 @@ def test_a_carry_that_is_lost_shows(tmp_path: Path) -> None:
     assert np.abs(damaged - whole).max() > 1e-3
 
 
-def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "shaped.onnx", breaks_above=1000)
-    with pytest.raises(InvalidModel, match="can't be computed in pieces"):
-        strip_graphs(path)
-    model = onnx.load(write_model(tmp_path / "padded.onnx"))
-    [last] = [node for node in model.graph.node if node.output[0] == "feature_map"]
-    last.output[0] = "unpadded"
-    pads = numpy_helper.from_array(np.array([0, 0, 1, 0, 0, 0, 0, 0]), "pads")
-    model.graph.initializer.append(pads)
-    place = list(model.graph.node).index(last) + 1
-    model.graph.node.insert(place, helper.make_node("Pad", ["unpadded", "pads"], ["feature_map"], name="pad"))
-    onnx.save(model, tmp_path / "padded.onnx")
-    with pytest.raises(InvalidModel, match="Pad 'pad' changes the rows of its map"):
-        strip_graphs(tmp_path / "padded.onnx")
+@pytest.mark.parametrize("steps", [steps for steps, *_ in (*OBSTACLES, *KEPT)])
+def test_a_file_says_of_tiles_what_becomes_of_it(tmp_path: Path, steps: list[Step | Stage]) -> None:
+    """Without an obstacle strips make the whole; else they refuse, by the obstacle that the file names."""
+    model = graph(*steps)
+    onnx.save(model, tmp_path / "m.onnx")
+    if obstacles := tiles_of(model).obstacles:
+        with pytest.raises(InvalidModel, match=re.escape(f"can't be computed in pieces: {obstacles[0]}") + "$"):
+            strip_graphs(tmp_path / "m.onnx")
+        return
+    graphs = strip_graphs(tmp_path / "m.onnx")
+    image = np.random.default_rng(0).integers(0, 256, (1, 40, 9, 3), np.uint8)
+    [whole] = run(tmp_path / "m.onnx", {"images": image}, ["feature_map"])
+    np.testing.assert_allclose(in_strips(graphs, image, [0, 16, 24, 40]), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (node("Slice", longs(0), longs(2**40), longs(2), longs(2)), "Slice 'node_slice_4' changes the rows of its map"),
+        (lambda b: b.node("Expand", [b.last, b.node("Shape", [b.last])]), "Shape 'node_shape_4' changes the rows"),
+        (Cut((1, 0, 0, 0)), "Pad 'node_pad_4' changes the rows of its map"),
+        (Window("Conv", (3, 3), auto_pad="SAME_UPPER"), "Conv 'node_conv_4' has auto_pad; write its padding out"),
+    ],
+    ids=["every second row", "a shape", "padding", "auto_pad"],
+)
+def test_what_only_strips_cannot_do_is_an_obstacle_too(last: Step | Stage, words: str) -> None:
+    model = graph(STEM, last)
+    assert graph_geometry(model).obstacles == ()
+    [obstacle] = tiles_of(model).obstacles
+    assert obstacle.startswith(words)

@@ -1,7 +1,7 @@
 """A classifier's ONNX graph -> the contract, step by step, and the proof that it is the same classifier."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,13 +17,14 @@ from fullframe.convert.metadata import set_contract
 from fullframe.convert.options import Options
 from fullframe.convert.pixels import source_images, take_pixels
 from fullframe.convert.pools import make_global, pool_channels
-from fullframe.convert.proof import Proof, Source, why_not_in_strips
+from fullframe.convert.proof import Proof, Source
 from fullframe.convert.reading import checked, in_one_line, source_size
 from fullframe.convert.sizes import free_reshapes, gather_shuffles, refuse_fixed_constants, write_out_padding
 from fullframe.convert.tidy import drop_softmax, drop_training, fold, upgrade
 from fullframe.errors import InvalidInput, InvalidModel, first_line
 from fullframe.model.contract import LOGITS_FROM_FEATURES, LOGITS_FROM_MAP, Contract, Tiles
 from fullframe.model.geometry import Geometry, graph_geometry
+from fullframe.model.strips import tiles_of
 
 _STEPS: Final[tuple[Callable[[Draft], None], ...]] = (
     drop_training,
@@ -102,16 +103,13 @@ def _convert(source: onnx.ModelProto, options: Options) -> Converted:
     take_pixels(draft, options)
     geometry = graph_geometry(draft.model(weights=False))
     geometry.graph.check_sizes()
-    contract = _contract(draft, geometry, pooling, options)
     converted = draft.model()
     del converted.graph.output[:]
     converted.graph.output.extend(_outputs(draft))
+    contract = _contract(draft, geometry, tiles_of(converted), pooling, options)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "converted.onnx"
         _write(converted, contract, path)
-        if geometry.tiles().possible and (why := why_not_in_strips(path)):
-            contract = replace(contract, tiles=Tiles(geometry.tiles().alignment, (why,)))
-            _write(converted, contract, path)
         proof = Proof(path, contract, geometry)
         worst = proof.difference(Source(source, partial(source_images, options)), draft.size)
         others = proof.run_elsewhere(draft.size)
@@ -120,7 +118,7 @@ def _convert(source: onnx.ModelProto, options: Options) -> Converted:
     return Converted(converted, contract, worst, tuple(draft.report))
 
 
-def _contract(draft: Draft, geometry: Geometry, pooling: str, options: Options) -> Contract:
+def _contract(draft: Draft, geometry: Geometry, tiles: Tiles, pooling: str, options: Options) -> Contract:
     """Raises InvalidInput where there are not as many labels as classes."""
     classes = draft.shape("logits")[1]
     if options.labels and len(options.labels) != classes:
@@ -143,7 +141,7 @@ def _contract(draft: Draft, geometry: Geometry, pooling: str, options: Options) 
         logits=LOGITS_FROM_MAP if "class_map" in draft.outputs else LOGITS_FROM_FEATURES,
         normalisation=preprocessing,
         training={name: value for name, value in facts.items() if value},
-        tiles=geometry.tiles(),
+        tiles=tiles,
     )
 
 

@@ -16,7 +16,6 @@ from fullframe.errors import InvalidModel, first_line
 from fullframe.image import Pixels
 from fullframe.model.contract import INPUT, Contract
 from fullframe.model.geometry import Geometry
-from fullframe.model.strips import strip_graphs
 
 TOLERANCE: Final = 1e-4
 _LEAST_SCALE: Final = 1e-3
@@ -130,15 +129,6 @@ class Proof:
 def relative_difference(found: FloatArray, wanted: FloatArray) -> float:
     """The largest difference between scores of one shape, relative to the largest of those wanted."""
     return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), _LEAST_SCALE))
-
-
-def why_not_in_strips(converted: Path) -> str:
-    """Why a model whose maps can be had from tiles can't be computed in strips; "" where it can."""
-    try:
-        strip_graphs(converted)
-    except InvalidModel as error:
-        return str(error)
-    return ""
 
 
 def _other_sizes(least: tuple[int, int], size: tuple[int, int]) -> list[tuple[int, int]]:

@@ -90,11 +90,6 @@ class OrtEngine(Engine):
         self.contract = Contract.from_metadata(opened.get_modelmeta().custom_metadata_map)
         self.contract.check_graph(_tensors(opened.get_inputs()), _tensors(opened.get_outputs()))
 
-    @property
-    def accelerated(self) -> bool:
-        """As Engine's."""
-        return bool(self._session.on(1).get_providers()[0] != _CPU)
-
     @cached_property
     def _shrinking(self) -> ort.RunOptions | None:
         """Gives the arena's memory back after a run."""

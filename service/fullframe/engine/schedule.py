@@ -192,7 +192,7 @@ class Scheduler:
         except BaseException as error:  # whatever it is, it is the caller's: the worker goes on
             return _told(entry.future, "failed", error)
         if job.together is None:
-            return "finished", partial(entry.future.set_result, result)
+            return _told(entry.future, "finished", result=result)
         entry.prepared = result
         return "ready", _nothing
 
@@ -221,7 +221,7 @@ class Scheduler:
         found = (
             _told(entry.future, "failed", result)
             if isinstance(result, BaseException)
-            else ("finished", partial(entry.future.set_result, result))
+            else _told(entry.future, "finished", result=result)
             for entry, result in zip(wanted, results, strict=True)
         )
         return [next(found) if outcome is None else outcome for outcome in outcomes]

@@ -155,11 +155,7 @@ class Stages:
         """A job to be worked on or prepared, or a group to be worked on."""
         if self._groups and (group := self._runnable()) is not None:
             return group
-        whole = None
-        for entry in self._whole:
-            if not (self._wide_runs and entry.wide):
-                whole = entry
-                break
+        whole = next((entry for entry in self._whole if not (self._wide_runs and entry.wide)), None)
         if self._chosen or self._unprepared:
             first = (self._chosen or self._unprepared)[0]
             if self._has_room(first) and (whole is None or first.number < whole.number):

@@ -29,6 +29,7 @@ from fullframe.model.contract import (
     Contract,
 )
 from fullframe.model.geometry import graph_geometry
+from fullframe.model.strips import tiles_of
 
 TOLERANCE = 1e-4
 POOLING_NAMES = {"gem": "gem(3)"}  # the others have one name in both rooms
@@ -120,7 +121,7 @@ def describe(
         logits=LOGITS_FROM_MAP if pooling == "avg" else LOGITS_FROM_FEATURES,
         normalisation={"mean": recipe.mean, "std": recipe.std},
         training=cost | training,
-        tiles=geometry.tiles(),
+        tiles=tiles_of(model),
     )
     set_contract(model, contract)
     return contract

@@ -17,8 +17,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fullframe.errors import InvalidModel
-from fullframe.model.contract import INPUT, MAPS
-from fullframe.model.geometry import OUTPUT, Geometry, GraphGeometry, TensorGeometry, graph_geometry
+from fullframe.model.contract import INPUT, MAPS, Tiles
+from fullframe.model.geometry import OUTPUT, Geometry, GraphGeometry, Obstacle, TensorGeometry, graph_geometry
 from fullframe.model.graphs import WINDOWS, ancestors, title
 from fullframe.model.memory import bytes_of
 
@@ -53,8 +53,10 @@ class StripGraphs:
 
 def strip_graphs(path: Path) -> StripGraphs:
     """Cut a contract model's graph; raises InvalidModel naming the node that can't be."""
-    geometry, cutters = _cut(path, _PLACES)
-    step = geometry.graph.alignment(OUTPUT)[0]
+    geometry, tiles, cutters = _cut(onnx.load(path), _PLACES)
+    if not tiles.possible:
+        raise InvalidModel(f"can't be computed in pieces: {tiles.obstacles[0]}")
+    step = tiles.alignment[0]
     return StripGraphs(
         geometry,
         {place: cutter.model().SerializeToString() for place, cutter in cutters.items()},
@@ -67,23 +69,37 @@ def strip_graphs(path: Path) -> StripGraphs:
 def carried_bytes(path: Path) -> float:
     """What strips of an image carry to the next ones, for each pixel of its width; 0 for a model that can't be cut."""
     try:
-        return float(_cut(path, ["first"])[1]["first"].carried)
+        _, _, cutters = _cut(onnx.load(path), ["first"])
     except InvalidModel:
         return 0.0
+    return float(cutters["first"].carried) if cutters else 0.0
 
 
-def _cut(path: Path, places: Sequence[Place]) -> "tuple[Geometry, dict[Place, _Cutter]]":
-    model = onnx.load(path)
+def tiles_of(model: onnx.ModelProto) -> Tiles:
+    """What a model's file says of tiles: that strip_graphs cuts it, or why not. Raises as graph_geometry."""
+    return _cut(model, ["first"])[1]
+
+
+def _cut(model: onnx.ModelProto, places: Sequence[Place]) -> "tuple[Geometry, Tiles, dict[Place, _Cutter]]":
+    """Of several obstacles of one kind the first, and how many there are; no graphs where there is any."""
     geometry = graph_geometry(model)
-    if geometry.obstacles:
-        raise InvalidModel(f"can't be computed in pieces: {geometry.obstacles[0]}")
-    outputs = [name for name in MAPS if name in geometry.graph.outputs]
-    typed = onnx.shape_inference.infer_shapes(model)
-    return geometry, {place: _Cutter(typed, geometry.graph, outputs, place) for place in places}
+    kinds: dict[str, list[Obstacle]] = {}
+    for obstacle in geometry.obstacles:
+        kinds.setdefault(obstacle.kind, []).append(obstacle)
+    reasons = [str(first) + (f" (and {len(rest)} more such)" if rest else "") for first, *rest in kinds.values()]
+    cutters: dict[Place, _Cutter] = {}
+    if not reasons:
+        outputs = [name for name in MAPS if name in geometry.graph.outputs]
+        typed = onnx.shape_inference.infer_shapes(model)
+        try:
+            cutters = {place: _Cutter(typed, geometry.graph, outputs, place) for place in places}
+        except InvalidModel as error:
+            reasons = [str(error)]
+    return geometry, Tiles(geometry.graph.alignment(OUTPUT), tuple(reasons)), cutters
 
 
 class _Cutter:
-    """One pass over a graph, in its topological order, for one place.
+    """One pass over a graph, in its topological order, for one place; raises InvalidModel at a node that can't be cut.
 
     Attributes:
         lags: how many rows each map is behind the image's rows that have come, counted in its own.
@@ -139,7 +155,7 @@ class _Cutter:
             lag = self.lags[maps[0]]
             self._nodes.append(node)
         else:
-            raise InvalidModel(f"can't be computed in strips: {title(node)} changes the rows of its map")
+            raise InvalidModel(f"{title(node)} changes the rows of its map")
         if node.op_type == "DequantizeLinear":
             self._dequantized[node.output[0]] = node
         self.lags |= dict.fromkeys(node.output, lag)
@@ -150,7 +166,7 @@ class _Cutter:
         kernel = attributes.get("kernel_shape") or self._weights[node.input[1]][2:]
         stride, dilation = (attributes.get(name, [1, 1])[0] for name in ("strides", "dilations"))
         if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-            raise InvalidModel(f"can't be computed in strips: {title(node)} has auto_pad; write its padding out")
+            raise InvalidModel(f"{title(node)} has auto_pad; write its padding out")
         pads = list(attributes.get("pads", [0, 0, 0, 0]))
         extent = (kernel[0] - 1) * dilation + 1
         # A window shorter than its stride waits for all the rows that it steps over.

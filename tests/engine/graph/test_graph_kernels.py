@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fullframe.engine.graph import TorchSession
-from fullframe.engine.graph.fusions.epilogue_kernel import KERNEL_ACTIVATIONS
-from fullframe.engine.graph.fusions.epilogues import EPILOGUE
+from fullframe.engine.graph.fusions.epilogues import EPILOGUE, FUNCTIONS
 from fullframe.engine.graph.ir import Node
 from fullframe.engine.graph.operators.own import OWN
 from fullframe.model.ragged import ragged_model
@@ -73,7 +72,7 @@ def test_epilogues_are_what_plain_pytorch_makes(device: torch.device, data: st.D
     sizes = [torch.randint(0, side + 1, (shape[0],), generator=random) for side in shape[2:]]
     own = torch.stack(sizes, 1).to(device).unbind(1) if data.draw(st.booleans()) else [None, None]
     attributes = {
-        "activation": data.draw(st.sampled_from(KERNEL_ACTIVATIONS)),
+        "activation": data.draw(st.sampled_from(sorted(FUNCTIONS))),
         "fill": data.draw(st.sampled_from((0.0, -torch.inf))),
     }
     node = Node(EPILOGUE, (), ("y",), "epilogue", attributes)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fullframe.errors import InvalidModel
-from fullframe.model.contract import Tiles
 from fullframe.model.geometry.graph import GraphGeometry, Pixels
 from fullframe.model.geometry.tensors import Obstacle
 
@@ -24,7 +23,7 @@ class Geometry:
         receptive_field: pixels that one cell sees through windows.
         start: the first pixel that cell 0 sees; negative where it sees padding.
         smallest_size: the smallest image. Every larger one works, but for what graph.check_sizes names.
-        obstacles: why the maps can't be computed in tiles; none: they can.
+        obstacles: why the maps can't be computed in tiles; none: they can, in strips where model/strips knows how.
         graph: every other map of the graph.
     """
 
@@ -48,16 +47,6 @@ class Geometry:
     def multiply_adds(self, height: int, width: int) -> int:
         """Of the convolutions between the image and the feature map; raises InvalidInput as output_size."""
         return self.graph.multiply_adds(OUTPUT, height, width)
-
-    def tiles(self) -> Tiles:
-        """What a file says of tiles: of several obstacles of one kind the first, and how many there are."""
-        kinds: dict[str, list[Obstacle]] = {}
-        for obstacle in self.obstacles:
-            kinds.setdefault(obstacle.kind, []).append(obstacle)
-        reasons = tuple(
-            str(first) + (f" (and {len(rest)} more such)" if rest else "") for first, *rest in kinds.values()
-        )
-        return Tiles(self.graph.alignment(OUTPUT), reasons)
 
 
 def graph_geometry(model: "onnx.ModelProto") -> Geometry:

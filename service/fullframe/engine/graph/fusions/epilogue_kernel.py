@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fusedpool._triton import tl, triton
-from fusedpool.prologue import ACTIVATIONS, activate
+from fusedpool.prologue import activate
 from fusedpool.runtime import Tile, channels_last, pointer, present
 
 
@@ -87,7 +87,3 @@ def is_dense(x: Tensor) -> bool:
     """Whether a map lies in memory without gaps, NCHW or channels_last."""
     format = torch.channels_last if channels_last(x) else torch.contiguous_format
     return x.is_contiguous(memory_format=format)
-
-
-KERNEL_ACTIVATIONS = (*ACTIVATIONS, "relu6", "hard_swish")
-"""What `launch` takes."""

@@ -18,7 +18,7 @@ EPILOGUE: Final = "fullframe.Epilogue"
 """(x, scale, shift, addend, rows, columns) -> `activation`(x * scale + shift + addend); where an image's own rows and
 columns are given, `fill` outside of them."""
 
-_FUNCTIONS: Final[dict[str, Any]] = {
+FUNCTIONS: Final[dict[str, Any]] = {
     "none": lambda x: x,
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
@@ -27,6 +27,7 @@ _FUNCTIONS: Final[dict[str, Any]] = {
     "relu6": F.relu6,
     "hard_swish": F.hardswish,
 }
+"""By activation, all that the kernel has."""
 
 
 def _into(node: Node, x: Tensor, *others: Tensor | None) -> Tensor:
@@ -58,7 +59,7 @@ def _computed(
     found: Tensor = x if scale is None else x * per_channel(scale, x)
     found = found if shift is None else found + per_channel(shift, x)
     found = found if addend is None else found + addend.to(x.dtype)
-    found = _FUNCTIONS[activation](found)
+    found = FUNCTIONS[activation](found)
     found = found.clone() if found is x else found
     if rows is not None and columns is not None:
         found.masked_fill_(outside(x, rows, columns), fill)  # another tensor would not lie in memory as x does
