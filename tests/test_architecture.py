@@ -151,3 +151,17 @@ def test_serving_with_onnx_runtime_never_loads_torch(engine: str) -> None:
 def test_the_other_engine_loads_it() -> None:
     """The control."""
     assert {"torch", "fusedpool"} <= set(loaded("import fullframe.engine.fused"))
+
+
+@pytest.mark.parametrize("disabled", ["", "0"])
+def test_onnx_runtime_keeps_no_identifier_unless_told(disabled: str, tmp_path: Path) -> None:
+    code = "import fullframe, time; fullframe.load(engine='onnx'); time.sleep(0.5)"
+    told = {"ORT_DISABLE_TELEMETRY": disabled} if disabled else {}
+    subprocess.run([sys.executable, "-c", code], env={"HOME": str(tmp_path), **told}, check=True)
+    assert bool([path for path in tmp_path.rglob("*") if path.is_file()]) == bool(disabled)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest collects a folder at a time, and all of them for -m slow and -m gpu."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len({*names})
