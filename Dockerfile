@@ -32,6 +32,8 @@ FROM base AS gpu
 # Triton compiles a kernel when it first runs, and its launcher with a C compiler; both stay in the temporary folder.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=build-gpu /opt/fullframe /opt/fullframe
+# It imports PyTorch, compiles all kernels and runs the likely shapes before it is ready.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5m CMD ["fullframe", "probe"]
 ENV TRITON_CACHE_DIR=/tmp/triton NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 

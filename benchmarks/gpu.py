@@ -1,17 +1,17 @@
 """The engine on a GPU beside PyTorch and ONNX Runtime on the same graph: same-size and mixed-size images, new sizes.
 
     python -m benchmarks.gpu [--photos FOLDER_OR_TAR] [--model MODEL.onnx] [--images 256] [--rounds 5]
-        [--compute float32,float16] [--sides TEXT,...] [--device cuda|cpu] [--tiny] [--out FOLDER]
+        [--compute float32,float16] [--sides NAME,...] [--device cuda|cpu] [--tiny] [--minutes 9] [--out FOLDER]
 
 Mixed images have the native sizes of --photos, else sides drawn between 96 and 512 pixels; same-size ones are squares
 of as many pixels in all; those around 224 pixels have sides between 192 and 256. They are noise, in memory, uint8.
-These take turns, in another order each round:
+The first three of these take turns, in another order each round; the others follow, each by itself:
 
 - fullframe: the engine behind the server, all images queued at once, batches of different sizes;
 - pytorch one by one: the same graph, no operator fused, an image at a time;
-- torch.compile one by one: the same, compiled once for every size (dynamic=True);
 - pytorch padded to the largest: 32 images at a time padded to their largest and no mask, which changes their answers;
-- onnxruntime one by one: on a GPU where its CUDA provider is installed.
+- onnxruntime one by one: on a GPU where its CUDA provider is installed;
+- torch.compile one by one: as pytorch one by one, compiled once for every size (dynamic=True).
 
 What can't be had is named, with the reason. "of_same_size" is a side's pixels a second as a share of its own on images
 of the same size; "times_one_by_one" and "times_padded" are against those two sides. Latency is of a lone image that is
@@ -20,15 +20,19 @@ answered before the next is asked for. Of sizes that no side has seen each has t
 profile on the mixed images says what share of the time each kernel has: fullframe's on a GPU; on a CPU, where a
 profiler sees its own thread alone, each operator's of plain PyTorch.
 
-On a GPU it adds rows to gpu.csv and gpu_kernels.csv in benchmarks/results and draws gpu.png there. On a CPU it tries
-the same with few images (--tiny: small ones too), and keeps what it finds only in --out.
+On a GPU it adds rows to gpu.csv and gpu_kernels.csv in benchmarks/results, each as soon as it is measured, and draws
+gpu.png there. After --minutes it begins nothing new; what was measured by then, or until SIGTERM or Ctrl-C, is kept
+and drawn. On a CPU it tries the same with few images (--tiny: small ones too), and keeps what it finds only in --out.
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, cast, get_args
@@ -38,11 +42,12 @@ import torch
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_sides import LOGITS, SIDES, Fullframe, OneByOne, PaddedToLargest, Side, usable
+from benchmarks.gpu_sides import LOGITS, SIDES, TURNS, Fullframe, OneByOne, PaddedToLargest, Side, usable
 from benchmarks.recording import append_rows, machine, show
 from benchmarks.workloads import CLASS, MIXED, SAME, Size, Workload, noise, workloads
 from fullframe.engine.choice import Compute
 from fullframe.engine.ort import OrtEngine
+from fullframe.errors import FullframeError, InvalidInput, first_line
 from fullframe.image import Pixels
 from fullframe.model.repository import ModelFile, find_models
 
@@ -60,6 +65,52 @@ AIMS: Final = (
 """Of fullframe."""
 
 Row = dict[str, str]
+
+
+class OutOfTime(Exception):
+    """No measurement is to begin any more."""
+
+
+@dataclass
+class Run:
+    """One run of the benchmark: until when it may begin something, and what it has found.
+
+    Args:
+        setting: what every row has.
+        folder: where rows are kept; none: nowhere.
+        deadline: of time.monotonic().
+    """
+
+    setting: Row
+    folder: Path | None
+    deadline: float
+    rows: list[Row] = field(default_factory=list)
+    shares: list[Row] = field(default_factory=list)
+
+    def begin(self, what: str) -> None:
+        """Say on stderr what comes now; raises OutOfTime where it is too late for it."""
+        if time.monotonic() > self.deadline:
+            raise OutOfTime(what)
+        self._say(what)
+
+    def add(self, row: Row) -> None:
+        """Keep a row of gpu.csv."""
+        self._say(f"{row['side']}, {row['compute']}: {row['workload']}: {row['megapixels_per_s']} megapixels a second")
+        self.rows.append(row)
+        self._keep("gpu", row)
+
+    def add_share(self, row: Row) -> None:
+        """Keep a row of gpu_kernels.csv."""
+        self.shares.append(row)
+        self._keep("gpu_kernels", row)
+
+    def _say(self, what: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+    def _keep(self, name: str, row: Row) -> None:
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            append_rows(self.folder / f"{name}.csv", [{**self.setting, **row}])
 
 
 def throughput(sides: Sequence[Side], work: Workload, rounds: int) -> dict[str, float]:
@@ -102,36 +153,65 @@ def error(side: Side, reference: OrtEngine, images: Sequence[Pixels]) -> str:
     return f"{float(max(gaps)):.1e}"
 
 
-def measured(sides: Sequence[Side], works: Sequence[Workload], reference: OrtEngine, rounds: int) -> Iterator[Row]:
-    """A row for each workload and side; the first workload is the one of one size."""
+def measured(
+    sides: Sequence[Side],
+    works: Sequence[Workload],
+    reference: OrtEngine,
+    rounds: int,
+    seconds: dict[tuple[str, str], float],
+    begin: Callable[[str], None],
+) -> Iterator[Row]:
+    """A row for each workload and side; the first workload is the one of one size.
+
+    Args:
+        seconds: of all images by workload and side, of sides that were measured before; those of these are added.
+        begin: is told what is about to be measured.
+    """
     mixed = next(work for work in works if work.name == MIXED)
     lengths = [length for image in mixed.images for length in image.shape[:2]]
-    # Others for each: what one side has seen, the libraries of the next know.
-    drawn = np.random.default_rng(4).integers(min(lengths), max(lengths) + 1, (len(sides), NEW_SIZES, 2)).tolist()
-    new = {side.name: new_sizes(side, [(h, w) for h, w in sizes]) for side, sizes in zip(sides, drawn, strict=True)}
-    rates: dict[tuple[str, str], float] = {}
+    new = {}
+    for side in sides:
+        begin(f"{side.name}: new sizes")
+        # Others for each: what one side has seen, the libraries of the next know.
+        rng = np.random.default_rng([4, SIDES.index(type(side))])
+        sizes = rng.integers(min(lengths), max(lengths) + 1, (NEW_SIZES, 2)).tolist()
+        new[side.name] = new_sizes(side, [(height, width) for height, width in sizes])
     for work in works:
-        seconds = throughput(sides, work, rounds)
+        begin(f"{', '.join(side.name for side in sides)}: {work.name}")
+        seconds |= {(work.name, name): taken for name, taken in throughput(sides, work, rounds).items()}
         for side in sides:
-            taken, (first, later) = seconds[side.name], new[side.name]
-            rates[side.name, work.name] = rate = work.megapixels / taken
             alone = latencies(side, work.images[:LONE])
-            against = {"times_one_by_one": OneByOne.name, "times_padded": PaddedToLargest.name}
-            yield {
-                "workload": work.name,
-                "side": side.name,
-                "images": str(len(work.images)),
-                "megapixels": f"{work.megapixels:.3f}",
-                "images_per_s": f"{len(work.images) / taken:.1f}",
-                "megapixels_per_s": f"{rate:.2f}",
-                "of_same_size": f"{rate / rates[side.name, SAME]:.3f}",
-                **{name: f"{seconds[each] / taken:.2f}" if each in seconds else "" for name, each in against.items()},
-                **{f"p{q}_ms": f"{np.percentile(alone, q):.3f}" for q in (50, 95, 99)},
-                "new_size_ms": f"{first:.3f}",
-                "seen_size_ms": f"{later:.3f}",
-                "times_seen_size": f"{first / later:.2f}",
-                "error": error(side, reference, work.images[:CHECKED]),
-            }
+            wrong = error(side, reference, work.images[:CHECKED])
+            yield {**_rates(side, works[0], work, seconds), **_delays(alone, *new[side.name]), "error": wrong}
+
+
+def _rates(side: Side, same: Workload, work: Workload, seconds: dict[tuple[str, str], float]) -> Row:
+    taken = seconds[work.name, side.name]
+    rate, of_same = work.megapixels / taken, same.megapixels / seconds[same.name, side.name]
+    against = {
+        name: seconds.get((work.name, other.name))
+        for name, other in (("times_one_by_one", OneByOne), ("times_padded", PaddedToLargest))
+    }
+    return {
+        "workload": work.name,
+        "side": side.name,
+        "images": str(len(work.images)),
+        "megapixels": f"{work.megapixels:.3f}",
+        "images_per_s": f"{len(work.images) / taken:.1f}",
+        "megapixels_per_s": f"{rate:.2f}",
+        "of_same_size": f"{rate / of_same:.3f}",
+        **{name: f"{other / taken:.2f}" if other else "" for name, other in against.items()},
+    }
+
+
+def _delays(alone: Sequence[float], first: float, later: float) -> Row:
+    """Of milliseconds: of images whose size was seen, of the first of a new size and of later ones."""
+    return {
+        **{f"p{q}_ms": f"{np.percentile(alone, q):.3f}" for q in (50, 95, 99)},
+        "new_size_ms": f"{first:.3f}",
+        "seen_size_ms": f"{later:.3f}",
+        "times_seen_size": f"{first / later:.2f}",
+    }
 
 
 def kernels(side: Side, work: Workload, device: str) -> Iterator[Row]:
@@ -154,21 +234,29 @@ def kernels(side: Side, work: Workload, device: str) -> Iterator[Row]:
         }
 
 
-def measured_with(
-    compute: Compute, arguments: argparse.Namespace, file: ModelFile, works: Sequence[Workload], reference: OrtEngine
-) -> tuple[list[Row], list[Row]]:
-    """The rows of all sides, and of kernels."""
+def measure_all(
+    run: Run, arguments: argparse.Namespace, file: ModelFile, works: Sequence[Workload], reference: OrtEngine
+) -> None:
+    """Add the rows of all sides, and of kernels; raises OutOfTime."""
     device, first = arguments.device, works[0].images[:CHECKED]
     profiled = Fullframe if device == "cuda" else OneByOne
-    with ExitStack() as stack:
-        sides = []
-        for make in arguments.sides:
-            for side in usable(make, file, device, compute, first):
-                stack.callback(side.close)
-                sides.append(side)
-        found = list(measured(sides, works, reference, arguments.rounds)) if sides else []
-        mixed = next(work for work in works if work.name == MIXED)
-        return found, [row for side in sides if type(side) is profiled for row in kernels(side, mixed, device)]
+    mixed = next(work for work in works if work.name == MIXED)
+    seconds: dict[Compute, dict[tuple[str, str], float]] = {compute: {} for compute in arguments.compute}
+    for turn, compute in product(TURNS, arguments.compute):
+        with ExitStack() as stack:
+            sides = []
+            for make in (each for each in turn if each in arguments.sides):
+                run.begin(f"{make.name}, {compute}: its first images")
+                for side in usable(make, file, device, compute, first):
+                    stack.callback(side.close)
+                    sides.append(side)
+            found = measured(sides, works, reference, arguments.rounds, seconds[compute], run.begin) if sides else ()
+            for row in found:
+                run.add({"compute": compute, **row})
+            for side in (each for each in sides if type(each) is profiled):
+                run.begin(f"{side.name}, {compute}: kernels")
+                for row in kernels(side, mixed, device):
+                    run.add_share({"compute": compute, **row})
 
 
 def draw(rows: Sequence[Row], gpu: str, path: Path) -> None:
@@ -217,32 +305,25 @@ def aims(rows: Sequence[Row]) -> Iterator[str]:
                     yield f"{row['compute']}: {sentence.format(row[column])}"
 
 
-def keep(found: Sequence[Row], shares: Sequence[Row], here: Row, compute: Compute, folder: Path) -> None:
-    """Add rows to the files of a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("gpu", found), ("gpu_kernels", shares)):
-        if rows:
-            append_rows(folder / f"{name}.csv", [{**here, "compute": compute, **row} for row in rows])
-
-
 def _computes(given: str) -> list[Compute]:
     known = get_args(Compute)
     if unknown := [each for each in given.split(",") if each not in known]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-    return [cast(Compute, each) for each in given.split(",")]
+    return [cast(Compute, each) for each in dict.fromkeys(given.split(","))]
 
 
 def _sides(given: str) -> list[type[Side]]:
-    words = given.split(",")
-    if unknown := [word for word in words if not any(word in side.name for side in SIDES)]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is in no name of {', '.join(each.name for each in SIDES)}")
-    return [side for side in SIDES if any(word in side.name for word in words)]
+    known = {side.name: side for side in SIDES}
+    words = [word.strip() for word in given.split(",")]
+    if unknown := [word for word in words if word not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+    return [side for name, side in known.items() if name in words]
 
 
 def _count(given: str) -> int:
-    if (count := int(given)) < 1:
-        raise argparse.ArgumentTypeError(f"{given} is below 1")
-    return count
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"{given!r} is no whole number of 1 or more")
+    return int(given)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -255,9 +336,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=_count, help="of each workload (256; on a CPU 8)")
     parser.add_argument("--rounds", type=_count, help="after one to warm up (5; on a CPU 1)")
     parser.add_argument("--compute", type=_computes, help="float32, bfloat16, float16 (float32,float16; CPU: float32)")
-    parser.add_argument("--sides", type=_sides, default=list(SIDES), help="words of their names (all)")
+    parser.add_argument(
+        "--sides", type=_sides, default=list(SIDES), help=f"names (all): {', '.join(each.name for each in SIDES)}"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one")
     parser.add_argument("--tiny", action="store_true", help="images of 8 to 24 pixels a side")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
     parser.add_argument("--out", type=Path, help="a folder (benchmarks/results; from a CPU nothing is kept)")
     found = parser.parse_args(words)
     there = torch.cuda.is_available()
@@ -278,31 +362,40 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.device == "cpu":
         kept = f"kept in {arguments.out}" if arguments.out else "not kept"
         print(f"benchmarks.gpu: on the CPU, which says nothing about a GPU; the figures are {kept}", file=sys.stderr)
-    file = find_models([arguments.model] if arguments.model else [])[0]
-    works, reference = workloads(arguments.images, arguments.photos, arguments.tiny), OrtEngine(file.path)
-    if reference.contract.ragged:
-        print("benchmarks.gpu: not every side can tell this model its images' sizes; name the one that it was made of")
+    deadline = time.monotonic() + 60 * arguments.minutes
+    try:
+        file = find_models([arguments.model] if arguments.model else [])[0]
+        works, reference = workloads(arguments.images, arguments.photos, arguments.tiny), OrtEngine(file.path)
+        if reference.contract.ragged:
+            raise InvalidInput("not every side can tell this model its images' sizes; name the one that it was made of")
+    except FullframeError as wrong:
+        print(f"benchmarks.gpu: {first_line(wrong)}", file=sys.stderr)
         return 2
-    here, rows, shares = setting(arguments, words, file), list[Row](), list[Row]()
-    for compute in arguments.compute:
-        found, parts = measured_with(compute, arguments, file, works, reference)
-        if arguments.out:
-            keep(found, parts, here, compute, arguments.out)
-        rows += [{"compute": compute, **row} for row in found]
-        shares += [{"compute": compute, **row} for row in parts]
-    if not rows:
+    run = Run(setting(arguments, words, file), arguments.out, deadline)
+    try:
+        measure_all(run, arguments, file, works, reference)
+    except (OutOfTime, KeyboardInterrupt) as stopped:
+        why = f"no time is left for {stopped}" if isinstance(stopped, OutOfTime) else "stopped"
+        print(f"benchmarks.gpu: {why}; {len(run.rows)} rows were measured", file=sys.stderr)
+    if not run.rows:
         return 1
-    if arguments.out:
-        draw(rows, here["gpu"], arguments.out / "gpu.png")
-    hidden = {"images", "megapixels", "p99_ms"}
-    shown = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
-    show(shown, f"{here['model']}, several ways, on {here['gpu'] if arguments.device == 'cuda' else 'the CPU'}")
-    if shares:
-        show(shares[:10], "shares of the time")
-    if arguments.device == "cuda":
-        print("\n".join(aims(rows)))
+    report(run, arguments.device)
     return 0
 
 
+def report(run: Run, device: str) -> None:
+    """Draw what was measured beside the rows, and show it."""
+    if run.folder:
+        draw(run.rows, run.setting["gpu"], run.folder / "gpu.png")
+    hidden = {"images", "megapixels", "p99_ms"}
+    shown = [{name: value for name, value in row.items() if name not in hidden} for row in run.rows]
+    show(shown, f"{run.setting['model']}, several ways, on {run.setting['gpu'] if device == 'cuda' else 'the CPU'}")
+    if run.shares:
+        show(run.shares[:10], "shares of the time")
+    if device == "cuda":
+        print("\n".join(aims(run.rows)))
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -148,7 +148,13 @@ class OnnxRuntime(Side):
         return logits
 
 
-SIDES: Final[tuple[type[Side], ...]] = (Fullframe, OneByOne, Compiled, PaddedToLargest, OnnxRuntime)
+TURNS: Final[tuple[tuple[type[Side], ...], ...]] = (
+    (Fullframe, OneByOne, PaddedToLargest),
+    (OnnxRuntime,),
+    (Compiled,),
+)
+"""Sides that take turns with each other: what matters most first, what may compile for minutes last."""
+SIDES: Final = tuple(side for turn in TURNS for side in turn)
 
 
 def usable(

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import TarError
 from typing import Final
 
 import numpy as np
 
+from fullframe.errors import InvalidInput, first_line
 from fullframe.image import Limits, Pixels, open_encoded
 
 SIDES: Final = (96, 512)
@@ -40,6 +42,9 @@ def workloads(count: int, photos: Path | None = None, tiny: bool = False) -> lis
     Args:
         photos: a folder or tar whose images' sizes the mixed ones have; none: evenly drawn sides.
         tiny: of a few pixels.
+
+    Raises:
+        InvalidInput: there are no photographs, or one that can't be read.
     """
     mixed = native_sizes(photos, count) if photos else drawn_sizes(TINY_SIDES if tiny else SIDES, count, 0)
     side = round((sum(height * width for height, width in mixed) / count) ** 0.5)
@@ -64,6 +69,11 @@ def native_sizes(photos: Path, count: int) -> list[Size]:
     """Those of photographs in a folder or tar, again from the first where there are too few."""
     from benchmarks.serve import photographs
 
-    opened = [open_encoded(data, Limits()) for data in photographs(photos)]
+    try:
+        opened = [open_encoded(data, Limits()) for data in photographs(photos)]
+    except (OSError, TarError) as error:
+        raise InvalidInput(f"{photos} can't be read as a folder or tar of photographs: {first_line(error)}") from error
+    if not opened:
+        raise InvalidInput(f"{photos} has no photographs")
     sizes = [(picture.height, picture.width) for picture in opened]
     return [sizes[number % len(sizes)] for number in range(count)]

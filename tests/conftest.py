@@ -14,9 +14,19 @@ from hypothesis import HealthCheck, settings
 from tests.models import write_model
 from tests.serving import Running, serving
 
-_ON_GPU: Final = re.search(r"(?<!not )\bgpu\b", " ".join([os.environ.get("PYTEST_ADDOPTS", ""), *sys.argv]))
+_ASKS_FOR_GPU: Final = re.compile(r"(?<!not )\bgpu\b")
+_ON_GPU: Final = _ASKS_FOR_GPU.search(" ".join([os.environ.get("PYTEST_ADDOPTS", ""), *sys.argv]))
 if not _ON_GPU:  # Triton reads it when it is imported: kernels run on the CPU, in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Without a GPU `-m gpu` ends here, not with each of its tests."""
+    if _ASKS_FOR_GPU.search(session.config.getoption("markexpr")):
+        import torch  # not before TRITON_INTERPRET is decided
+
+        if not torch.cuda.is_available():
+            pytest.exit("-m gpu runs on a GPU, and PyTorch sees none", returncode=4)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu import main, parse
-from benchmarks.gpu_sides import SIDES, Fullframe, OneByOne, PaddedToLargest, usable
+from benchmarks.gpu_sides import SIDES, TURNS, Fullframe, OneByOne, PaddedToLargest, usable
 from benchmarks.workloads import CLASS, CLASS_SIDES, MIXED, SAME, native_sizes, noise, workloads
 from fullframe.engine.ort import OrtEngine
 from fullframe.engine.query import Query
@@ -32,7 +32,7 @@ def test_every_side_is_measured_and_kept(tmp_path: Path, tiny_model: Path, sides
     assert main(words) == 0
     kept = rows(tmp_path / "new" / "gpu.csv")
     assert [(row["workload"], row["side"]) for row in kept] == [
-        (work, side) for work in (SAME, MIXED, CLASS) for side in sides
+        (work, each.name) for turn in TURNS for work in (SAME, MIXED, CLASS) for each in turn if each.name in sides
     ]
     for row in kept:
         assert float(row["images_per_s"]) > 0 and float(row["new_size_ms"]) > 0
@@ -100,8 +100,10 @@ def test_images_without_an_answer_are_no_figures(tiny_model: Path, monkeypatch: 
     ("words", "reason"),
     [
         (["--compute", "float32,foo"], "'foo' is none of float32, bfloat16, float16"),
-        (["--sides", "fullframe,tensorrt"], "'tensorrt' is in no name of fullframe, "),
-        (["--rounds", "0"], "0 is below 1"),
+        (["--sides", "fullframe,one"], "'one' is none of fullframe, pytorch one by one, "),
+        (["--sides", ","], "'' is none of fullframe, "),
+        (["--rounds", "0"], "'0' is no whole number of 1 or more"),
+        (["--images", "x"], "'x' is no whole number of 1 or more"),
         (["--device", "cuda"], "PyTorch sees no GPU here"),
     ],
 )
@@ -113,6 +115,47 @@ def test_what_can_t_be_measured_is_refused_first(
         main(words)
     assert ended.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--photos=/nonexistent", "/nonexistent can't be read as a folder or tar of photographs: "),
+        ("--photos={here}", "{here} can't be read as a folder or tar of photographs: "),
+        ("--photos={empty}", "{empty} has no photographs"),
+        ("--model=/nonexistent.onnx", "no model at '/nonexistent.onnx'"),
+    ],
+)
+def test_files_that_are_not_there_are_named(
+    tmp_path: Path, option: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = {"here": __file__, "empty": str(tmp_path)}
+    assert main(["--device", "cpu", "--tiny", option.format(**there)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[1].startswith(f"benchmarks.gpu: {reason.format(**there)}")
+
+
+@pytest.mark.parametrize("end", [gpu.OutOfTime, KeyboardInterrupt])
+def test_what_was_measured_before_the_end_is_kept(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
+    def begin(run: gpu.Run, what: str) -> None:
+        if what.endswith(CLASS):
+            assert len(rows(tmp_path / "gpu.csv")) == len(run.rows) == 2
+            raise end(what)
+
+    monkeypatch.setattr(gpu.Run, "begin", begin)
+    words = ["--device", "cpu", "--tiny", "--images", "3", "--sides", "fullframe", "--model", str(tiny_model)]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert [row["workload"] for row in rows(tmp_path / "gpu.csv")] == [SAME, MIXED]
+    assert (tmp_path / "gpu.png").stat().st_size > 0
+
+
+def test_out_of_time_nothing_new_begins(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "cpu", "--tiny", "--images", "3", "--model", str(tiny_model), "--out", str(tmp_path)]
+    assert main([*words, "--minutes", "0"]) == 1
+    assert "no time is left for fullframe, float32: its first images; 0 rows" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_gpu_nothing_is_kept_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from fullframe.convert.metadata import get_contract, load_model, set_contract
 from fullframe.model.contract import Tiles
 from tests.cli.command import run_here
 from tests.model.graphs import Branches, Window, build
-from tests.models import LABELS, write_model
+from tests.models import LABELS, Head, write_model
 from tests.serving import Running
 
 
@@ -40,7 +40,7 @@ def test_inspect(tiny_model: Path, server: Running, where: str) -> None:
         "1x1 pixels",
         "127.5, 127.5, 127.5",
         "none: random weights",
-        "not known: the file does not say",
+        "possible, from multiples of 4x4 pixels" if where == "here" else "not known: the file does not say",
     ):
         assert part in text
     assert json.loads(run_here("inspect", *options, "--json").stdout)["contract"]["receptive_field"] == [15, 15]
@@ -61,6 +61,20 @@ def test_inspect_says_whether_there_are_tiles(tiny_model: Path, tmp_path: Path, 
     assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("tiles")] == [words]
     listed = json.loads(run_here("inspect", tmp_path / "net.onnx", "--json").stdout)
     assert listed["contract"]["tiles"] == {"alignment": list(tiles.alignment), "obstacles": list(tiles.obstacles)}
+
+
+@pytest.mark.parametrize(("head", "words"), [("layers", "merged features too"), ("peeks", "not of an image in pieces")])
+def test_inspect_says_whether_huge_images_have_logits(tmp_path: Path, head: Head, words: str) -> None:
+    path = write_model(tmp_path / "m.onnx", head=head)
+    [line] = [line for line in run_here("inspect", path).stdout.splitlines() if line.startswith("logits")]
+    assert words in line
+    [told] = [json.loads(line) for line in run_here("inspect", path, "--json").stdout.splitlines()]
+    assert told["logits_obstacle"][:26] == ("its 'logits' are computed " if head == "peeks" else "")
+
+
+def test_inspect_says_what_stands_against_tiles_in_the_graph(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.onnx", breaks_above=10**6)
+    assert "not possible: Shape 'height' takes the image's size" in run_here("inspect", path).stdout
 
 
 def test_inspect_graph_lists_every_map(tiny_model: Path) -> None:

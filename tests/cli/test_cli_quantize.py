@@ -84,6 +84,8 @@ def test_a_server_serves_the_copy_and_says_so(model: Path, tmp_path: Path) -> No
 
 
 def test_bad_arguments_are_told(model: Path, classes: Path, tmp_path: Path) -> None:
+    itself = run_here("quantize", model, "--calibrate", classes, "-o", model, code=2).stderr
+    assert "is the source; name another file" in " ".join(itself.split())
     copy = model.with_name("net.int8.onnx")
     assert "is int8 already" in run_here("quantize", copy, "--calibrate", classes, code=1).stderr
     (tmp_path / "empty").mkdir()

@@ -127,6 +127,16 @@ def test_a_ragged_file_is_not_quantized(tiny_model: Path, tmp_path: Path) -> Non
         quantize(tmp_path / "ragged.onnx", tmp_path / "int8.onnx", [pixels(40, 40)])
 
 
+def test_the_source_is_not_written_over(tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "m.onnx"
+    source.write_bytes(tiny_model.read_bytes())
+    (tmp_path / "link.onnx").symlink_to(source)
+    for output in (source, tmp_path / "link.onnx"):
+        done = run_here("export", source, "--ragged", "-o", output, code=2)
+        assert "is the source; name another file" in " ".join(done.stderr.split())
+    assert source.read_bytes() == tiny_model.read_bytes()
+
+
 def test_it_goes_to_one_file(tiny_model: Path, tmp_path: Path) -> None:
     assert "--output" in run_here("export", tiny_model, "--ragged", code=2).stderr
     done = run_here("export", tiny_model, "--ragged", "--repository", tmp_path, "-o", tmp_path / "m.onnx", code=2)

@@ -61,9 +61,32 @@ def test_auto_takes_torch_on_a_device_for_what_it_can_run(tiny_model: Path, monk
     with pytest.raises(InvalidInput, match="without an accelerator"):
         opener(compute="bfloat16")
     monkeypatch.setattr(choice, "_has_device", lambda: True)
+    monkeypatch.setattr(choice, "_check_compiler", lambda: None)
     assert isinstance(opener()(tiny_model), TorchEngine)
     assert opener(compute="bfloat16")(tiny_model).title.endswith("bfloat16")
     assert isinstance(opener()(int8_copy(BUNDLED)), OrtEngine), "integers are a CPU's"
+
+
+def test_on_a_device_what_triton_compiles_with_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton looks for it: CC, else gcc or clang, and Python.h."""
+    monkeypatch.setattr(choice, "_has_device", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CPATH", str(tmp_path))
+    for engine in ("auto", "torch"):
+        with pytest.raises(InvalidInput, match="C compiler: neither gcc nor clang is in PATH"):
+            opener(engine)
+    opener("onnx")
+    (tmp_path / "clang").touch(0o755)
+    monkeypatch.setenv("CC", "icc")
+    with pytest.raises(InvalidInput, match="CC is 'icc', which is no program"):
+        opener("torch")
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": "/nonexistent"})
+    with pytest.raises(InvalidInput, match=r"there is no Python\.h in /nonexistent"):
+        opener("torch")
+    (tmp_path / "Python.h").touch()
+    opener("torch")
 
 
 @pytest.mark.parametrize(("own", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])

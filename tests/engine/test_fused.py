@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 import fullframe
 from fullframe import Client
 from fullframe.convert.ragged import make_ragged
-from fullframe.engine.fused import TorchEngine, default_device
+from fullframe.engine.fused import DeviceSession, Lane, TorchEngine, default_device
 from fullframe.engine.graph import Replays, TorchSession
+from fullframe.engine.graph.replay import Recording
 from fullframe.engine.ort import OrtEngine
 from fullframe.engine.plane import Plane, open_plane
 from fullframe.engine.pooling import Pooling
@@ -32,12 +33,11 @@ OUTPUTS = ["features", "logits", "feature_map", "class_map"]
 EVERYTHING = Query(7, (Pooling.parse("avg+max@1,2"),), logits=True, feature_map=True, class_map=True)
 SIZES = [(1, 1), (7, 5), (33, 31), (31, 33), (64, 64), (64, 64), (60, 66), (120, 90), (9, 300)]
 PROMISE = 1e-4
+ILLEGAL = "an illegal memory access was encountered"
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.fail("-m gpu runs the engine on a GPU, and PyTorch sees none")
     return str(request.param)
 
 
@@ -253,6 +253,52 @@ def test_recorded_runs_are_given_up_for_an_image(tiny_model: Path, monkeypatch: 
     with pytest.raises(Overloaded):
         engine.run(pixels(40, 30), ["logits"])
     assert not failures
+
+
+def test_no_answer_waits_for_its_recording(tiny_model: Path) -> None:
+    lane, recording, asked = Lane(torch.device("cpu")), threading.Event(), threading.Event()
+
+    def slowly(run: Callable[[], list[torch.Tensor]]) -> Recording:
+        asked.set()
+        assert recording.wait(60)
+        raise RuntimeError("not on the CPU")
+
+    lane.replays = Replays(slowly)
+    session = DeviceSession(TorchSession(tiny_model, replays=lane.replays), lane)
+    feeds = {"images": pixels(40, 30)[np.newaxis]}
+    first, *_, third = [session.run(["logits"], feeds)[0] for _ in range(3)]
+    assert asked.wait(60)
+    assert not recording.is_set(), "and yet the answer is here"
+    assert gap(third, first) == 0
+    recording.set()
+    assert gap(session.run(["logits"], feeds)[0], first) == 0
+
+
+def test_a_lost_device_is_bad_health(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane = open_plane([str(tiny_model)], engine="torch")
+    lane = plane.model().engine._session._lane  # type: ignore[attr-defined]
+    monkeypatch.setattr(lane, "lost", "")
+    calls, errors = (
+        list[None](),
+        [RuntimeError("shape mismatch"), *[torch.AcceleratorError(f"CUDA error: {ILLEGAL}")] * 2],
+    )
+
+    def failing(self: TorchSession, *_: Any) -> Any:
+        calls.append(None)
+        raise errors[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchSession, "run_tensors", failing)
+        for computes, healthy in ((False, True), (True, True), (False, False)):
+            patch.setattr(Lane, "_computes", lambda self, computes=computes: computes)
+            with pytest.raises(RuntimeError, match=str(errors[0])):
+                ask(plane, [raw(40, 30)])[0].result()
+            errors.pop(0)
+            assert plane.healthy() == healthy
+    assert len(calls) == 3, "none is tried again"
+    assert lane.lost == f"CUDA error: {ILLEGAL}"
+    assert lane._computes(), "the control: this device does"
+    plane.close()
 
 
 @pytest.mark.gpu

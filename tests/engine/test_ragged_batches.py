@@ -1,5 +1,6 @@
 """Batches of images of different sizes in the engine: which go together, what each gets, and what fails alone."""
 
+import logging
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fullframe.engine import plane as plane_module
 from fullframe.engine import ragged
 from fullframe.engine.ort import OrtEngine
 from fullframe.engine.plane import EncodedImage, Plane, RawImage, open_plane
@@ -270,12 +272,36 @@ def test_a_model_that_cannot_be_masked_is_named(tiny_model: Path) -> None:
         open_plane([str(tiny_model), f"eight={int8_copy(BUNDLED)}"], batching="ragged")
 
 
-def test_an_accelerator_batches_what_it_can(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerator_batches_what_it_can(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The choice alone: there is no such device here."""
     monkeypatch.setattr(OrtEngine, "accelerated", True)
-    assert ragged.ragged_engine(OrtEngine(tiny_model), "auto") is not None
-    assert ragged.ragged_engine(OrtEngine(int8_copy(BUNDLED)), "auto") is None
-    assert ragged.ragged_engine(OrtEngine(tiny_model), "one") is None
+    caplog.set_level(logging.INFO, "fullframe")
+    assert ragged.ragged_engine(OrtEngine(tiny_model), "auto", "tiny 1") is not None
+    assert ragged.ragged_engine(OrtEngine(int8_copy(BUNDLED)), "auto", "small 2") is None
+    assert ragged.ragged_engine(OrtEngine(tiny_model), "one", "tiny 1") is None
+    eight, tiny = [each.getMessage() for each in caplog.records]
+    assert eight.startswith("the images of model small 2 are computed one by one, not in batches: ")
+    assert "QuantizeLinear" in eight
+    assert tiny == 'the images of model tiny 1 are computed one by one, not in batches: batching is "one"'
+
+
+def test_an_accelerator_is_warmed_up_for_every_model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice alone: there is no such device here."""
+    monkeypatch.setattr(OrtEngine, "accelerated", True)
+    seen: list[str] = []
+    monkeypatch.setattr(plane_module, "warm_up_alone", lambda engine: seen.append(engine.path.name))
+    monkeypatch.setattr(ragged, "warm_up_together", lambda run, contract: seen.append("together"))
+    for batching, models in (
+        ("auto", ["together", int8_copy(BUNDLED).name]),
+        ("one", [tiny_model.name, int8_copy(BUNDLED).name]),
+    ):
+        plane = open_plane([f"tiny={tiny_model}", f"eight={int8_copy(BUNDLED)}"], batching=batching, engine="onnx")  # type: ignore[arg-type]
+        plane.warm_up()
+        plane.close()
+        assert seen == models
+        seen.clear()
 
 
 OUT_OF_MEMORY = """

@@ -404,6 +404,8 @@ def test_memory_that_could_never_be_had_is_invalid() -> None:
     scheduler = Scheduler(workers=2, budget=Budget(1000, memory=10**8))
     with pytest.raises(InvalidInput, match=r"takes 200 MB of memory; at most 100 MB of memory .* send a smaller image"):
         scheduler.submit([sized(2 * 10**8)])
+    with pytest.raises(InvalidInput, match=r"takes 32,400 MB of memory; at most 100 MB of memory"):
+        scheduler.submit([sized(32_400_000_001)])
     with pytest.raises(InvalidInput, match="several requests"):
         scheduler.submit([sized(6 * 10**7)] * 2)
     scheduler.close()

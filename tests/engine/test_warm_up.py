@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fullframe.engine.ort import OrtEngine
 from fullframe.engine.size_classes import side_class
-from fullframe.engine.warm_up import _KERNEL_SIDES, likely_sizes, warm_up
+from fullframe.engine.warm_up import _KERNEL_SIDES, likely_sizes, warm_up_alone, warm_up_together
 from fullframe.image import Pixels
 from tests.models import write_model
 
@@ -23,7 +24,7 @@ def test_every_kind_of_batch_is_run(tmp_path: Path) -> None:
     def run(images: Sequence[Pixels], outputs: Sequence[str]) -> None:
         seen.append((tuple(sorted(outputs)), tuple((image.shape[0], image.shape[1]) for image in images)))
 
-    warm_up(run, contract, seconds=0)
+    warm_up_together(run, contract, seconds=0)
     asked = [("logits",), ("features",), tuple(sorted(contract.outputs))]
     assert set(seen) == {
         (names, tuple((side + more, side) for more in rows))
@@ -32,10 +33,27 @@ def test_every_kind_of_batch_is_run(tmp_path: Path) -> None:
         for rows in ([0], [1], [0, 0], [0, 1])
     }
     kernels = len(seen)
-    warm_up(run, contract, seconds=60)
+    warm_up_together(run, contract, seconds=60)
     later = [sizes for names, sizes in seen[2 * kernels :]]
     assert len(later) > 300
     assert all(len(sizes) == 1 and min(sizes[0]) >= 40 for sizes in later), "lone images that the model takes"
+
+
+def test_a_model_that_is_run_image_by_image_is_warmed_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = OrtEngine(write_model(tmp_path / "picky.onnx", channels=4, least=40))
+    seen: list[tuple[tuple[str, ...], tuple[int, int]]] = []
+
+    def run(images: Pixels, outputs: Sequence[str]) -> list[np.ndarray]:
+        seen.append((tuple(sorted(outputs)), (images.shape[1], images.shape[2])))
+        return [np.zeros((1, 1), np.float32) for _ in outputs]
+
+    monkeypatch.setattr(engine, "run_batch", lambda images, outputs, **_: run(images, outputs))
+    warm_up_alone(engine, seconds=0)
+    asked = [("logits",), ("features",), tuple(sorted(engine.contract.outputs))]
+    assert set(seen) == {(names, (side + more, side)) for names in asked for side in (512, 224, 40) for more in (0, 1)}
+    kernels = len(seen)
+    warm_up_alone(engine, seconds=60)
+    assert len(seen[2 * kernels :]) > 300, "of the likely sizes"
 
 
 def test_likely_sizes_are_those_of_photographs_by_classes() -> None:
@@ -71,7 +89,7 @@ with captured("sm_90") as launches:
         seen.extend(new)
         launches.clear()
         return sorted(kernel for kernel, _ in new)
-    warm_up.warm_up(together.run, engine.contract, seconds=0)
+    warm_up.warm_up_together(together.run, engine.contract, seconds=0)
     first = later()
     for sizes in json.loads(sys.argv[2]):
         for outputs in (["logits"], ["features"], engine.contract.outputs):

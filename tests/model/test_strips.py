@@ -187,7 +187,7 @@ def test_a_file_says_of_tiles_what_becomes_of_it(tmp_path: Path, steps: list[Ste
     model = graph(*steps)
     onnx.save(model, tmp_path / "m.onnx")
     if obstacles := tiles_of(model).obstacles:
-        with pytest.raises(InvalidModel, match=re.escape(f"can't be computed in pieces: {obstacles[0]}") + "$"):
+        with pytest.raises(InvalidModel, match=f"^{re.escape(obstacles[0])}$"):
             strip_graphs(tmp_path / "m.onnx")
         return
     graphs = strip_graphs(tmp_path / "m.onnx")

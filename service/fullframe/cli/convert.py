@@ -68,11 +68,10 @@ def convert(
     from fullframe.convert.sources import open_source
     from fullframe.files import write_atomically
     from fullframe.learn.commands import export
-    from fullframe.learn.options import numbers
+    from fullframe.learn.options import check_is_other, numbers
 
     check_output(output, ".onnx", "--output")
-    if output.exists() and Path(source).exists() and output.samefile(source):
-        raise typer.BadParameter(f"{str(output)!r} is the source; name another file", param_hint="--output")
+    check_is_other(output, source)
     name = checked_name(name) if name else _servable(output.stem)
     if Path(source).is_dir():
         others = [labels, mean, std, input_range, bgr, weights, size, license_note]

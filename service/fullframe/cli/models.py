@@ -1,13 +1,15 @@
 """`models` and `inspect`: what can be asked, on a server or in files, in a readable form."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fullframe.cli.options import JsonOption, ServerOption, pixels_of
 from fullframe.cli.show import console, print_json, print_table, size_text
+from fullframe.errors import InvalidModel
 
 if TYPE_CHECKING:
     from fullframe.model.contract import Contract, Tiles
@@ -20,6 +22,8 @@ class _Listed:
     version: str
     default: bool
     contract: "Contract"
+    logits_obstacle: str | None = None
+    """Why a huge image has no logits; empty: it has them; None: not looked for."""
 
 
 def models(
@@ -69,7 +73,7 @@ def inspect(
         _print_graphs(model, pixels_of(size) if size else None, as_json)
         return
     name, _, version = model.partition("/")
-    found = list(_served(server, name, version) if server else _stored([model] if model else []))
+    found = list(_served(server, name, version) if server else _stored([model] if model else [], graphs=True))
     for listed in found:
         if as_json:
             print_json(asdict(listed))
@@ -86,14 +90,44 @@ def _served(server: str, name: str | None = None, version: str = "") -> "Iterato
         yield _Listed(model.name, model.version, model.default, model.contract)
 
 
-def _stored(specs: Sequence[str]) -> "Iterator[_Listed]":
+def _stored(specs: Sequence[str], graphs: bool = False) -> "Iterator[_Listed]":
+    """Models in files; with `graphs`, what they don't say of huge images is read off their graphs."""
     from fullframe.engine.choice import open_model
     from fullframe.engine.ort import OrtEngine
     from fullframe.model.repository import BUNDLED_NAME, find_models
 
     files = find_models([] if list(specs) == [BUNDLED_NAME] else specs)
     for file in files:
-        yield _Listed(file.name, file.version, file.name == files[0].name, open_model(file, OrtEngine).contract)
+        contract, obstacle = open_model(file, OrtEngine).contract, None
+        if graphs:
+            contract, obstacle = _with_tiles(contract, file.path), _logits_obstacle(contract, file.path)
+        yield _Listed(file.name, file.version, file.name == files[0].name, contract, obstacle)
+
+
+def _with_tiles(contract: "Contract", path: Path) -> "Contract":
+    if contract.tiles is not None:
+        return contract
+    from fullframe.convert.metadata import load_model
+    from fullframe.model.contract import Tiles
+    from fullframe.model.strips import tiles_of
+
+    try:
+        tiles = tiles_of(load_model(path))
+    except InvalidModel as error:
+        tiles = Tiles(contract.stride, (str(error),))
+    return replace(contract, tiles=tiles)
+
+
+def _logits_obstacle(contract: "Contract", path: Path) -> str:
+    if contract.has_class_map:
+        return ""
+    from fullframe.model.heads import head_graph
+
+    try:
+        head_graph(path)
+    except InvalidModel as error:
+        return str(error)
+    return ""
 
 
 def _row(model: _Listed) -> tuple[str, ...]:
@@ -115,8 +149,7 @@ def _print_contract(model: _Listed) -> None:
         "model": f"{model.name}, version {model.version}",
         "classes": f"{len(contract.labels)}: {', '.join(contract.labels)}",
         "features": f"{contract.feature_channels} channels, pooled by {contract.pooling}",
-        "logits": contract.logits
-        + (", so class maps explain them" if contract.has_class_map else ", of a huge image's merged features too"),
+        "logits": f"{contract.logits}, {_logits_text(model)}",
         "precision": contract.precision,
         "stride": f"{size_text(*contract.stride)} pixels (width x height) between cells of the feature map",
         "receptive field": f"{size_text(*contract.receptive_field)} pixels seen by one cell",
@@ -131,6 +164,14 @@ def _print_contract(model: _Listed) -> None:
     for name, value in lines.items():
         for line in _lines(name, value):
             printer.print(line, markup=False, soft_wrap=True)
+
+
+def _logits_text(model: _Listed) -> str:
+    if model.contract.has_class_map:
+        return "so class maps explain them"
+    if model.logits_obstacle:
+        return f"but not of an image in pieces: {model.logits_obstacle}"
+    return "of a huge image's merged features too"
 
 
 def _tiles_text(tiles: "Tiles | None") -> str:

@@ -41,11 +41,12 @@ def quantize(
     from fullframe.convert.quantize import quantize as make_copy
     from fullframe.learn.data import load_images, sample_images
     from fullframe.learn.evaluate import compare, resized
-    from fullframe.learn.options import numbers
+    from fullframe.learn.options import check_is_other, numbers
 
     check_output(output, ".onnx", "--output")
     sides = numbers(sizes, int, "sizes")
     copy = output or int8_copy(model)
+    check_is_other(copy, model)
     with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(f"reading {calibrate}", total=None)
         chosen = sample_images(calibrate, images)

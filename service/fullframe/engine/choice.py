@@ -1,6 +1,8 @@
 """Which engine runs the models: ONNX Runtime, or PyTorch where there is a device for it."""
 
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -39,12 +41,15 @@ def opener(engine: EngineName = "auto", compute: Compute = "float32") -> "Callab
     With "auto" a model that the torch engine can't run goes to ONNX Runtime, unless `compute` asks for other maps.
 
     Raises:
-        InvalidInput: an unknown engine or type, or one that needs what is not installed.
+        InvalidInput: an unknown engine or type, one that needs what is not installed, or a device without a compiler.
     """
     for name, given, kind in (("engine", engine, EngineName), ("compute", compute, Compute)):
         if given not in get_args(kind):
             raise InvalidInput(f"{name} is {given!r}; it must be one of {', '.join(get_args(kind))}", name)
-    if engine == "torch" or (engine == "auto" and _has_device()):
+    there = engine != "onnx" and _has_device()
+    if there or engine == "torch":
+        if there:
+            _check_compiler()
         on_torch = partial(_torch_engine(), compute=compute)
         may_fall_back = engine == "auto" and compute == "float32"
         return partial(_either, on_torch) if may_fall_back else on_torch
@@ -75,6 +80,20 @@ def _has_device() -> bool:
     if find_spec("torch") is None or not any(path.exists() for path in DRIVERS):
         return False
     return bool(_fused().default_device() != "cpu")
+
+
+def _check_compiler() -> None:
+    """Raises InvalidInput where Triton would not find what it builds its kernels' launchers with: see its _build."""
+    own = os.environ.get("CC")
+    names = ["gcc", "clang"] if own is None else [own]
+    if not any(shutil.which(name) for name in names):
+        missing = "neither gcc nor clang is in PATH" if own is None else f"CC is {own!r}, which is no program here"
+        raise InvalidInput(f"on a GPU Triton needs a C compiler: {missing}; the onnx engine needs none", "engine")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own has no headers
+    folders = [sysconfig.get_paths(scheme)["include"], *os.environ.get("CPATH", "").split(os.pathsep)]
+    if not any(Path(folder, "Python.h").exists() for folder in folders):
+        missing = f"there is no Python.h in {folders[0]} (Debian's python3-dev has it)"
+        raise InvalidInput(f"on a GPU Triton needs Python's headers: {missing}; the onnx engine needs none", "engine")
 
 
 def _torch_engine() -> "Callable[..., Engine]":

@@ -1,7 +1,9 @@
 """A contract model on PyTorch with fused kernels: images up to a device, answers down, the next batch meanwhile."""
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -14,9 +16,9 @@ from torch import Tensor
 from fullframe.engine.arrays import Array
 from fullframe.engine.base import Engine
 from fullframe.engine.choice import Compute
-from fullframe.engine.graph import CudaGraphs, Replays, TorchSession
+from fullframe.engine.graph import CudaGraphs, Replays, TorchSession, is_device_error, is_out_of_memory
 from fullframe.engine.size_classes import count_class, side_class
-from fullframe.errors import Overloaded
+from fullframe.errors import Overloaded, first_line
 from fullframe.image import Pixels
 from fullframe.model.contract import Contract
 
@@ -24,6 +26,7 @@ _MEASURED_SIDE: Final = 512
 """Of the image whose memory is measured on a device, in pixels."""
 _RETRY_AFTER: Final = 1.0
 """Seconds until an image for which there was no memory may be sent again."""
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Lane:
@@ -33,6 +36,10 @@ class Lane:
     for each thread by itself, and a second launch would only wait for the first's kernels. On a CUDA or ROCm device a
     launch does not wait for its end: while the device computes, other threads copy their images up and answers down,
     on streams of their own, and the next graph is launched.
+
+    Attributes:
+        replays: of runs recorded there; none on the CPU.
+        lost: why nothing runs on the device any more, which only a new process mends; empty while it does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,6 +48,7 @@ class Lane:
         on_gpu = device.type == "cuda"
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else []  # type: ignore[no-untyped-call]
         self.replays = Replays(CudaGraphs(device)) if on_gpu else None
+        self.lost = ""
 
     def run(
         self, session: TorchSession, outputs: Sequence[str], feeds: Mapping[str, Any], held: Collection[str]
@@ -66,10 +74,27 @@ class Lane:
         """The outputs of feeds that are there after an event, and the event after which the outputs are."""
         with torch.inference_mode():
             if there is None:
-                return session.run_tensors(outputs, feeds), None
-            here = torch.cuda.current_stream(self._device)
-            here.wait_event(there)
-            return session.run_tensors(outputs, feeds), here.record_event()
+                answer = session.run_tensors(outputs, feeds), None
+            else:
+                here = torch.cuda.current_stream(self._device)
+                here.wait_event(there)
+                answer = session.run_tensors(outputs, feeds), here.record_event()
+        if self.replays is not None and self.replays.due:
+            with suppress(RuntimeError):  # which says that the process ends
+                self._launcher.submit(self.replays.record_next)
+        return answer
+
+    def note(self, error: RuntimeError) -> None:
+        """Find out whether the device is lost by what a run has raised: then it fails at whatever comes next."""
+        if is_device_error(error) and not self.lost and not self._computes():
+            self.lost = first_line(error)
+            _LOG.error("nothing runs on %s any more until this process is started anew: %s", self._device, self.lost)
+
+    def _computes(self) -> bool:
+        try:
+            return torch.ones(1, device=self._device).add(1).item() == 2
+        except RuntimeError as error:
+            return is_out_of_memory(error)
 
     def _give_back(self) -> bool:
         had = self.replays is not None and self.replays.clear()
@@ -115,8 +140,11 @@ class DeviceSession:
             try:
                 found = dict(zip(names, self._lane.run(self.graph, names, feeds, held), strict=True))
                 return [found[name] for name in outputs]
-            except torch.OutOfMemoryError:
-                pass  # what follows is outside the handler: with the error, all that it holds of the run is gone
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    self._lane.note(error)
+                    raise
+                # What follows is outside the handler: with the error, all that it holds of the run is gone
             again = self._lane.give_back()
         raise Overloaded("the device has no memory for this image now; send it again later", _RETRY_AFTER)
 
@@ -159,6 +187,11 @@ class TorchEngine(Engine):
         """As Engine's."""
         return self._device.type == "cuda"
 
+    @property
+    def lost(self) -> str:
+        """As Engine's."""
+        return _lane(self._device).lost
+
     def open_session(self, model: Path | bytes) -> DeviceSession:
         """As Engine's."""
         lane = _lane(self._device)
@@ -183,9 +216,11 @@ class TorchEngine(Engine):
         if not self.accelerated:
             return super().bytes_per_pixel
         height, width = (max(_MEASURED_SIDE, least) for least in self.contract.smallest_size)
+        image = self.zeros((1, height, width, 3))
+        self.run_batch(image, self.contract.outputs)  # which takes once what stays: weights, kernels, workspaces
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
-        self.run_batch(self.zeros((1, height, width, 3)), self.contract.outputs)
+        self.run_batch(image, self.contract.outputs)
         return (torch.cuda.max_memory_allocated(self._device) - before) / (height * width)
 
     def batch_size(self, height: int, width: int, alike: bool) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from fullframe.engine.query import Answer, Query, Timings
 from fullframe.engine.ragged import MASKS_SHARE, MOST_PIXELS, Decoded, RaggedBatches, ragged_engine
 from fullframe.engine.schedule import Scheduler
 from fullframe.engine.tiles import Head, Tiler, memory_for_pieces
+from fullframe.engine.warm_up import warm_up_alone
 from fullframe.errors import InvalidInput, InvalidModel, NotFound, quoted
 from fullframe.image import Limits, OnDisk, Picture, open_encoded, open_raw
 from fullframe.model.contract import Contract
@@ -84,7 +85,7 @@ class Served:
                 return self._tiler
             except InvalidModel as error:
                 raise InvalidInput(
-                    f"an image of this size must be computed in pieces, and this model {error}", "images"
+                    f"an image of this size must be computed in pieces, and this model can't do that: {error}", "images"
                 ) from error
 
     @cached_property
@@ -206,7 +207,7 @@ class Plane:
 
     def _job(self, model: Served, picture: Picture, query: Query, outputs: Sequence[str], on_progress: OnShare) -> Job:
         pixels = picture.height * picture.width
-        memory = round(pixels * (_DECODED_BYTES + model.engine.bytes_per_pixel))
+        memory = round(pixels * _DECODED_BYTES + model.engine.bytes_for(picture.height, picture.width))
         huge = pixels > self._tile_pixels
         if huge or memory > self._memory_budget:
             in_pieces = memory_for_pieces(model.engine, picture)
@@ -229,9 +230,10 @@ class Plane:
     def warm_up(self) -> None:
         """Do what the first image would otherwise wait for: read the models' graphs for their memory, run them."""
         for model in self._models:
-            _ = model.engine.bytes_per_pixel, model.engine.carried_bytes
-            if model.engine.accelerated and (together := self._together.get(model)) is not None:
-                together.warm_up()
+            _ = model.engine.bytes_for(1, 1), model.engine.carried_bytes
+            if model.engine.accelerated:
+                together = self._together.get(model)
+                together.warm_up() if together is not None else warm_up_alone(model.engine)
 
     def counters(self) -> Counters:
         """What became of every image submitted, and how many are on their way to be."""
@@ -240,7 +242,7 @@ class Plane:
 
     def healthy(self) -> bool:
         """Whether images can be worked on."""
-        return self._scheduler.healthy()
+        return self._scheduler.healthy() and not any(model.engine.lost for model in self._models)
 
     def drain(self, grace: float) -> bool:
         """Refuse new images and wait up to `grace` seconds for those in flight; returns whether all are done."""
@@ -289,7 +291,7 @@ def _batches(
     """Those models whose images are computed together, in batches of which `count`, and the images decoded for the
     next ones, take so many bytes at most."""
     for model in models:
-        if (engine := ragged_engine(model.engine, batching)) is not None:
+        if (engine := ragged_engine(model.engine, batching, f"{model.name} {model.version}")) is not None:
             bytes_per_pixel = count * _batch_bytes(model) + _READY_BATCHES * _DECODED_BYTES
             yield model, RaggedBatches(engine, min(MOST_PIXELS, int(memory / bytes_per_pixel)))
 
@@ -358,6 +360,6 @@ def _head(tiler: Tiler, query: Query) -> Head | None:
     except InvalidModel as error:
         raise InvalidInput(
             f"an image of this size must be computed in pieces, and this model's logits can't be, as {error}: "
-            "ask for embeddings and no classes (top_k 0)",
+            "ask for embeddings and no classes",
             "top_k",
         ) from error

@@ -1,5 +1,6 @@
 """Images of different sizes in one padded batch: which go together, the run, and each one's own answer."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from fullframe.engine.answer import answer_from
 from fullframe.engine.base import Engine
 from fullframe.engine.jobs import Batching, Job
 from fullframe.engine.query import Answer, FloatArray, Query, Timings
-from fullframe.engine.warm_up import warm_up
+from fullframe.engine.warm_up import warm_up_together
 from fullframe.errors import InvalidModel
 from fullframe.image import Pixels
 from fullframe.model.contract import INPUT, MAP_SIZES, MAPS, SIZES
@@ -24,6 +25,9 @@ MOST_PIXELS: Final = 2_000_000
 """Pixels of a batch, padding included."""
 MASKS_SHARE: Final = 1.5
 """Memory for each pixel of a batch, as a multiple of a lone image's: masked maps are copies. The bundled model: 1.4."""
+
+_ONE_BY_ONE: Final = "the images of model %s are computed one by one, not in batches: %s"
+_LOG: Final = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """Height, width."""
@@ -148,7 +152,7 @@ class RaggedBatches:
 
     def warm_up(self) -> None:
         """Run what no image should wait for."""
-        warm_up(self._engine.run, self._engine.engine.contract)
+        warm_up_together(self._engine.run, self._engine.engine.contract)
 
     def choose(self, first: Job, others: Sequence[Job]) -> list[int]:
         """As `companions`."""
@@ -185,14 +189,22 @@ class RaggedBatches:
         return answer
 
 
-def ragged_engine(engine: Engine, batching: Batching) -> RaggedEngine | None:
-    """What runs a model's images together, where they are to be; raises InvalidModel for "ragged" where they can't."""
-    if batching == "one" or (batching == "auto" and not engine.accelerated):
+def ragged_engine(engine: Engine, batching: Batching, name: str) -> RaggedEngine | None:
+    """What runs a model's images together, where they are to be; raises InvalidModel for "ragged" where they can't.
+
+    It is logged why a device computes them one by one, under the model's name.
+    """
+    if batching == "auto" and not engine.accelerated:
+        return None
+    if batching == "one":
+        if engine.accelerated:
+            _LOG.info(_ONE_BY_ONE, name, 'batching is "one"')
         return None
     try:
         return RaggedEngine(engine)
     except InvalidModel as error:
         if batching == "auto":
+            _LOG.info(_ONE_BY_ONE, name, error)
             return None
         raise InvalidModel(f"{engine.path.name}: {error}") from error
 

@@ -297,10 +297,15 @@ def _nothing() -> None:
     """There is nobody to tell."""
 
 
+def _millions(number: int) -> str:
+    """To three digits, in plain figures."""
+    return f"{float(f'{number / 1e6:.3g}'):,.12g}"
+
+
 _UNENDED: Final = ("paused", "ready")
 """Outcomes of a job that has another turn."""
 
 _TEXTS: Final[tuple[Callable[[int], str], ...]] = (
-    lambda pixels: f"{pixels / 1e6:.3g} megapixels",
-    lambda count: f"{count / 1e6:.3g} MB of memory",
+    lambda pixels: f"{_millions(pixels)} megapixels",
+    lambda count: f"{_millions(count)} MB of memory",
 )

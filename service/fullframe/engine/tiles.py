@@ -46,8 +46,11 @@ def memory_for_pieces(engine: Engine, picture: Picture) -> int:
     step = contract.stride[0]
     first, last = -(-(field + contract.start[0]) // step) * step, engine.piece_pixels // band + step
     strip = min(picture.height, max(first, last))
-    piece = _AROUND_PIECE * engine.bytes_per_pixel * strip * band + _SESSIONS
+    piece = _AROUND_PIECE * engine.bytes_for(strip, band) + _SESSIONS
     carried = engine.carried_bytes * (band if picture.random_access else picture.width + bands * columns)
+    usual = max(1, engine.piece_pixels // max(band, min(picture.width, BAND_WIDTH)) // step) * step
+    if picture.height < usual + step:
+        carried = 0.0  # it makes one strip, as in Tiler.rows
     return max(picture.opening_bytes, round(piece + carried) + picture.reading_bytes(strip))
 
 

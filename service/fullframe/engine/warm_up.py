@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 
+from fullframe.engine.base import Engine
 from fullframe.engine.size_classes import side_class
 from fullframe.image import Pixels
 from fullframe.model.contract import Contract
@@ -25,21 +26,39 @@ Run = Callable[[Sequence[Pixels], Sequence[str]], object]
 """Runs images, uint8 [H, W, 3] each, in one batch, and asks for outputs: RaggedEngine.run."""
 
 
-def warm_up(run: Run, contract: Contract, seconds: float = _SECONDS) -> None:
+def warm_up_together(run: Run, contract: Contract, seconds: float = _SECONDS) -> None:
     """Run batches with masks and without, then lone images of all classes of sizes, the likely ones first.
 
     A kernel is compiled for the outputs that are asked for and for masks. A convolution's algorithm is chosen for each
     shape: as many are as there is time for.
     """
-    for side, outputs in product(_KERNEL_SIDES, (contract.outputs, ["logits"], ["features"])):
-        height, width = (max(side, least) for least in contract.smallest_size)
+    for height, width, outputs in _of_each_kernel(contract):
         for rows in ([height], [height + 1], [height, height], [height, height + 1]):
             run([_image(each, width) for each in rows], outputs)
+    _until(seconds, contract, lambda h, w: run([_image(h - 1, w)], ["logits"]))  # a row is padded: with a mask
+
+
+def warm_up_alone(engine: Engine, seconds: float = _SECONDS) -> None:
+    """The same for a model whose images are computed one by one, without masks: a side is odd or even."""
+    for height, width, outputs in _of_each_kernel(engine.contract):
+        for rows in (height, height + 1):
+            engine.run(_image(rows, width), outputs)
+    _until(seconds, engine.contract, lambda h, w: engine.run(_image(h, w), ["logits"]))
+
+
+def _of_each_kernel(contract: Contract) -> Iterator[tuple[int, int, Sequence[str]]]:
+    """Height, width and outputs of images for which, between them, each kernel is run."""
+    for side, outputs in product(_KERNEL_SIDES, (contract.outputs, ["logits"], ["features"])):
+        height, width = (max(side, least) for least in contract.smallest_size)
+        yield height, width, outputs
+
+
+def _until(seconds: float, contract: Contract, run: Callable[[int, int], object]) -> None:
     until = time.monotonic() + seconds
     for height, width in likely_sizes(contract.smallest_size):
         if time.monotonic() >= until:
             break
-        run([_image(height - 1, width)], ["logits"])  # a row is padded: with a mask
+        run(height, width)
 
 
 def likely_sizes(least: tuple[int, int]) -> Iterator[tuple[int, int]]:

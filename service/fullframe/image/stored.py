@@ -19,6 +19,7 @@ _BLOCK_ROWS: Final = 64  # how precisely the end of a file that was cut short ca
 _CACHED_PIXELS: Final = 2**23  # of tiles
 _ROWS_HELD: Final = 512  # by libvips behind the row that is read
 _ROWS_AROUND: Final = 192  # that its operators hold beside them
+_BUFFERS: Final = 16  # at most, in which they hold them: none has more rows than the picture
 _AROUND_BYTES: Final = 2**23  # of a decoder's own, whatever the picture
 _DECODED_WHOLE: Final = {"gif": "gif", "webp": "webp", "png": "interlaced png", "jpeg": "progressive jpeg"}
 
@@ -145,12 +146,14 @@ def decoding_bytes(image: pyvips.Image, format: str) -> int:
     tile, width = tile_size(image), int(image.width)
     pixels = width * int(image.height)
     if tile:
-        # What is cached, beside what an image opened anew caches; where each tile is, and how long.
-        return _AROUND_BYTES + 2 * sample * (_CACHED_PIXELS + prod(tile)) + 16 * pixels // prod(tile)
+        # What is cached, by an image opened anew too, and given back late; where each tile is, and how long.
+        return _AROUND_BYTES + 3 * sample * (_CACHED_PIXELS + prod(tile)) + 16 * pixels // prod(tile)
     if is_decoded_whole(image, format):
         # A JPEG's coefficients; of others all samples, beside a canvas of RGBA where there may be frames.
         return _AROUND_BYTES + pixels * {"jpeg": 2 * sample, "png": sample}.get(format, 8)
-    return _AROUND_BYTES + sample * width * (_ROWS_HELD + _ROWS_AROUND)
+    height = int(image.height)
+    rows = min(_ROWS_HELD, height) + min(_ROWS_AROUND, _BUFFERS * height)
+    return _AROUND_BYTES + sample * width * rows
 
 
 def unreadable(format: str, where: str = "") -> InvalidInput:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fullframe.errors import InvalidInput
-from fullframe.learn.options import numbers, spread_settings
+from fullframe.learn.options import check_is_other, numbers, spread_settings
 from fullframe.learn.settings import Augmentation, NetConfig, Recipe
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def export(
     if ragged and run.is_file():
         if output is None or evaluate or card:
             raise typer.BadParameter(f"{run} is a model's file: say --output FILE.onnx, and nothing else")
+        check_is_other(output, run)
         _export_ragged(run, output, name)
         return
     if repository is not None and run.is_file():

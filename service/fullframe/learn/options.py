@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import Field, fields, is_dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import typer
@@ -11,6 +12,12 @@ import typer
 from fullframe.errors import InvalidInput
 
 Number = TypeVar("Number", int, float)
+
+
+def check_is_other(output: Path, source: str | Path) -> None:
+    """Raise typer.BadParameter for an output file that is the source, by whatever path."""
+    if output.exists() and Path(source).exists() and output.samefile(source):
+        raise typer.BadParameter(f"{str(output)!r} is the source; name another file", param_hint="--output")
 
 
 def spread_settings(command: Callable[..., None]) -> Callable[..., None]:

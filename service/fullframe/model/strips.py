@@ -55,7 +55,7 @@ def strip_graphs(path: Path) -> StripGraphs:
     """Cut a contract model's graph; raises InvalidModel naming the node that can't be."""
     geometry, tiles, cutters = _cut(onnx.load(path), _PLACES)
     if not tiles.possible:
-        raise InvalidModel(f"can't be computed in pieces: {tiles.obstacles[0]}")
+        raise InvalidModel(tiles.obstacles[0])
     step = tiles.alignment[0]
     return StripGraphs(
         geometry,

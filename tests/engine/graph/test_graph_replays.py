@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fullframe.engine.graph import CudaGraphs, Replays, TorchSession, replay
-from fullframe.engine.graph.program import Program
+from fullframe.engine.graph.program import Program, _Upload
 from fullframe.engine.graph.replay import Record, Recording
 from fullframe.model.ragged import ragged_model
 from fullframe.model.repository import BUNDLED
@@ -33,14 +33,17 @@ SIZES = [[(24, 31), (33, 18)], [(33, 31), (7, 9)], [(33, 5), (12, 31)], [(33, 31
 
 
 class Again:
-    """A recording on the CPU: as a graph does, it reads the same inputs and fills the same outputs."""
+    """A recording on the CPU: as a graph does, it computes nothing when it is made, and then it reads the same inputs
+    and fills the same outputs."""
 
     def __init__(self, run: Callable[[], list[Tensor]]) -> None:
-        self._run, self._outputs = run, run()
+        self._run, self._outputs = run, list[Tensor]()
 
     def replay(self) -> list[Tensor]:
-        for kept, found in zip(self._outputs, self._run(), strict=True):
-            kept.copy_(found)
+        found = self._run()
+        self._outputs = self._outputs or found
+        for kept, each in zip(self._outputs, found, strict=True):
+            kept.copy_(each)
         return self._outputs
 
 
@@ -93,7 +96,8 @@ def test_a_replay_gives_what_a_launch_gives(
 ) -> None:
     """Images and their own sizes are others each time; the padded size is the same."""
     masked = serialized(ragged_model(onnx.load(BUNDLED)))
-    session = TorchSession(masked, device=device, fused=fused, replays=Replays(record))
+    replays = Replays(record)
+    session = TorchSession(masked, device=device, fused=fused, replays=replays)
     plain = TorchSession(masked, device=device, fused=fused)
     answers = []
     for seed, sizes in enumerate(SIZES * 2):
@@ -101,55 +105,96 @@ def test_a_replay_gives_what_a_launch_gives(
         assert feeds["images"].shape == (2, 33, 31, 3)
         found = session.run_tensors(names, on(device, feeds))
         answers.append((found, plain.run(names, feeds)))
+        replays.record_next()
+    assert len(replays._kept) == 1
     for found, wanted in answers:  # after all replays: an answer is the caller's own
         for one, other in zip(found, wanted, strict=True):
             assert largest_difference(one.cpu().numpy(), other) <= PROMISE
 
 
-def test_the_second_run_of_a_shape_is_recorded(masked: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+class Shapes:
+    """Runs a model on masked batches, each followed by the recordings that it makes due."""
+
+    def __init__(self, model: bytes, record: Record, most: int = 9) -> None:
+        self.replays = Replays(record, most)
+        self._session = TorchSession(model, replays=self.replays)
+
+    def __call__(self, *sides: int, outputs: str = "logits", count: int = 1) -> None:
+        for side in sides:
+            self._session.run([outputs], padded(images_of([(side, 16)] * count)))
+            while self.replays.due:
+                self.replays.record_next()
+
+
+def test_the_third_run_of_a_shape_is_recorded_after_its_answer(masked: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    session = TorchSession(masked, replays=Replays(recorder, most=2))
+    replays = Replays(recorder)
+    session = TorchSession(masked, replays=replays)
 
     def runs(outputs: str, count: int, side: int = 16) -> int:
         with launched(monkeypatch) as seen:
             session.run([outputs], padded(images_of([(side, side)] * count)))
         return len(seen)
 
-    assert (runs("logits", 1), recorder.made) == (1, 0), "a shape that may never come again is launched"
-    assert (runs("logits", 1), recorder.made) == (2, 1), "the answer, and the recording"
-    assert (runs("logits", 1), recorder.made) == (1, 1), "a replay: here it runs the program"
-    assert (runs("features", 1), runs("logits", 2), runs("logits", 1, 17), recorder.made) == (1, 1, 1, 1), "others"
-    assert (runs("features", 1), recorder.made) == (2, 2)
-    assert (runs("logits", 1), recorder.made) == (1, 2), "both are kept"
-    assert (runs("logits", 2), recorder.made) == (2, 3), "for it the least recently used goes"
-    assert (runs("logits", 1), recorder.made) == (1, 3)
-    assert (runs("features", 1), recorder.made) == (1, 3), "this one, which begins anew"
+    replays.record_next()
+    assert (runs("logits", 1), runs("logits", 1), replays.due) == (1, 1, False), "it may never come again"
+    assert (runs("logits", 1), replays.due, recorder.made) == (1, True, 0), "the answer"
+    assert (runs("logits", 1), recorder.made) == (1, 0), "it is due once"
+    replays.record_next()
+    assert (replays.due, recorder.made) == (False, 1)
+    assert (runs("logits", 1), replays.due) == (1, False), "a replay: here it runs the program"
+    for _ in range(2):
+        assert (runs("features", 1), runs("logits", 2), runs("logits", 1, 17), replays.due) == (1, 1, 1, False)
+    assert (runs("features", 1), replays.due) == (1, True), "each is a shape of its own"
+
+
+def test_shapes_that_come_more_often_keep_their_recordings(masked: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    run = Shapes(masked, recorder, most=2)
+
+    def kept() -> set[int]:
+        return {each[1][0][1][1] for each in run.replays._kept}
+
+    run(*[16] * 8, *[17] * 4)
+    assert (kept(), recorder.made) == ({16, 17}, 2)
+    run(*[*range(18, 30)] * 4)
+    assert (kept(), recorder.made) == ({16, 17}, 2), "many colder shapes, each of them seen as often"
+    run(*[18] * 4)
+    assert (kept(), recorder.made) == ({16, 18}, 3), "one that is seen twice as often takes the coldest one's place"
+    run(*[17, 18, 16] * 9)
+    assert (kept(), recorder.made) == ({16, 18}, 3), "shapes that are seen alike do not take turns"
+    monkeypatch.setattr(replay, "_AGEING", 4)
+    run(*[30] * 60)
+    assert 30 in kept(), "what was seen long ago counts less"
+    assert len(run.replays._sights) < 10
 
 
 def test_large_runs_and_those_that_ask_are_launched(masked: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
+    replays = Replays(recorder)
     asking, feeds = asks(), {"images": np.array([[[[2, 1, 3]]]], np.uint8)}
-    session = TorchSession(asking, replays=Replays(recorder))
-    for _ in range(3):
+    session = TorchSession(asking, replays=replays)
+    for _ in range(4):
         assert session.run(["y"], feeds)[0].shape == (2, 1, 3)
+    assert not replays.due
     monkeypatch.setattr(replay, "_MOST_ELEMENTS", 2 * 16 * 16 * 3 + 4)
-    session = TorchSession(masked, replays=Replays(recorder))
-    for side in (17, 17, 17):
-        session.run(["logits"], padded(images_of([(side, 16)] * 2)))
+    run = Shapes(masked, recorder)
+    run(17, 17, 17, 17, count=2)
     assert recorder.made == 0
-    for side in (16, 16):
-        session.run(["logits"], padded(images_of([(side, 16)] * 2)))
+    run(16, 16, 16, count=2)
     assert recorder.made == 1
 
 
 def test_what_fails_to_be_recorded_is_launched_from_then_on(masked: bytes, caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder(RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ..."))
-    session, plain = TorchSession(masked, replays=Replays(recorder)), TorchSession(masked)
+    replays = Replays(recorder)
+    session, plain = TorchSession(masked, replays=replays), TorchSession(masked)
     with caplog.at_level(logging.WARNING):
-        for seed, side in enumerate((16, 17, 18, 19, 20) * 4):
+        for seed, side in enumerate((16, 17, 18, 19, 20) * 5):
             feeds = padded(images_of([(side, 16)], seed))
             for one, other in zip(session.run(["logits"], feeds), plain.run(["logits"], feeds), strict=True):
                 np.testing.assert_array_equal(one, other)
+            replays.record_next()
     assert recorder.made == 3, "each shape once, and after some no more"
     assert [each.getMessage() for each in caplog.records] == [
         f"a run on images [1, {side}, 16, 3], sizes [1, 2] can't be recorded and is launched each time: "
@@ -160,20 +205,14 @@ def test_what_fails_to_be_recorded_is_launched_from_then_on(masked: bytes, caplo
 
 def test_memory_is_given_back(masked: bytes) -> None:
     recorder = Recorder()
-    replays = Replays(recorder)
-    session = TorchSession(masked, replays=replays)
-
-    def run(*sides: int) -> None:
-        for side in sides:
-            session.run(["logits"], padded(images_of([(side, 16)])))
-
-    run(16, 16, 17, 17)
-    assert (recorder.made, replays.clear(), replays.clear()) == (2, True, False)
-    run(16, 17, 18, 18)
+    run = Shapes(masked, recorder)
+    run(*[16, 17] * 3)
+    assert (recorder.made, run.replays.clear(), run.replays.clear()) == (2, True, False)
+    run(*[18] * 3)
     assert recorder.made == 3
-    recorder.error = torch.OutOfMemoryError("CUDA out of memory")
-    run(16)
-    assert (recorder.made, replays.clear()) == (4, False), "memory for other runs, rather than for recordings"
+    recorder.error = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
+    run(*[19] * 3)
+    assert (recorder.made, run.replays.clear()) == (4, False), "memory for other runs, rather than for recordings"
 
 
 def test_models_that_are_gone_are_forgotten(masked: bytes) -> None:
@@ -186,8 +225,9 @@ def test_models_that_are_gone_are_forgotten(masked: bytes) -> None:
     replays, feeds = Replays(lambda run: Still()), padded(images_of([(16, 16)]))
     for _ in range(3):
         session = TorchSession(masked, replays=replays)
-        for _ in range(2):
+        for _ in range(3):
             session.run(["logits"], feeds)
+        replays.record_next()
         del session
         gc.collect()
     assert len(replays._kept) == 1
@@ -218,10 +258,30 @@ def test_what_is_uploaded_of_shapes_alone_is_so_once() -> None:
     # The control: of another shape they are wrong, which is why recordings are kept by shapes.
     x = torch.rand(8, 2)
     assert not torch.equal(program.run({"x": x}, uploaded)[0], program.run({"x": x})[0])
-    replaying = TorchSession(shares(), replays=Replays(Recorder()))
-    for rows in (4, 4, 8, 4, 8, 8, 4):
+    replays = Replays(Recorder())
+    replaying = TorchSession(shares(), replays=replays)
+    for rows in (4, 4, 8, 4, 8, 8, 4, 8):
         x = torch.rand(rows, 2)
         torch.testing.assert_close(replaying.run_tensors(["y"], {"x": x})[0], x / torch.tensor([rows, 2.0]))
+        replays.record_next()
+    assert len(replays._kept) == 2
+
+
+def test_nothing_is_pinned_where_it_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile can't follow it."""
+    pinned, upload = list[Tensor](), _Upload(torch.device("cuda"))
+
+    def pin(value: Tensor) -> Tensor:
+        pinned.append(value)
+        return value
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", lambda self, *_, **__: self)
+    upload(torch.ones(2))
+    assert len(pinned) == 1
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    upload(torch.ones(2))
+    assert len(pinned) == 1
 
 
 def test_what_is_asked_of_the_device_is_named() -> None:
@@ -298,6 +358,7 @@ def test_graphs_are_replayed_in_any_order(masked: bytes) -> None:
     names = ["logits", "feature_map"]
     for number in [*range(8), *range(8), *random.integers(0, 8, 60)]:
         found = session.run_tensors(names, on(device, feeds[number]))
+        replays.record_next()
         for one, other in zip(found, plain.run(names, feeds[number]), strict=True):
             assert largest_difference(one.cpu().numpy(), other) <= PROMISE
     assert len(replays._kept) == 5
@@ -315,10 +376,11 @@ def test_a_failed_capture_leaves_the_device_as_it_was(masked: bytes) -> None:
     def asks_for_a_value() -> list[Tensor]:
         return [torch.ones(3, device=device).cumsum(0) + torch.ones(3, device=device).sum().item()]
 
-    kept = graphs(lambda: [torch.ones(3, device=device) * 2])
-    for _ in range(2):
-        with pytest.raises(RuntimeError):
-            graphs(asks_for_a_value)
+    with torch.inference_mode():
+        kept = graphs(lambda: [torch.ones(3, device=device) * 2])
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                graphs(asks_for_a_value)
     assert not torch.cuda.is_current_stream_capturing()
     assert kept.replay()[0].tolist() == [2.0] * 3
     # What other streams have used is given back, which it is not while PyTorch believes in a capture.
@@ -330,9 +392,13 @@ def test_a_failed_capture_leaves_the_device_as_it_was(masked: bytes) -> None:
         del block
         torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before <= 2 * 2**22
-    session = TorchSession(masked, device=device, replays=Replays(graphs))
+    replays = Replays(graphs)
+    session = TorchSession(masked, device=device, replays=replays)
     plain = TorchSession(masked, device=device)
-    for _ in range(4):
+    for _ in range(5):
         feeds = shapes(1)[0]
         for one, other in zip(session.run(["logits"], feeds), plain.run(["logits"], feeds), strict=True):
             assert largest_difference(one, other) <= PROMISE
+        replays.record_next()
+    assert len(replays._kept) == 1, "what comes after it is recorded"
+    assert kept.replay()[0].tolist() == [2.0] * 3

@@ -221,5 +221,8 @@ class _Upload:
     def __call__(self, value: Tensor) -> Tensor:
         if value.numel() == 1:  # a kernel's argument
             return torch.full(value.shape, value.item(), dtype=value.dtype, device=self.device)
-        pinned = value.pin_memory() if self.device.type == "cuda" else value
+        pinned = value.pin_memory() if self._pins() else value
         return pinned.to(self.device, non_blocking=True)
+
+    def _pins(self) -> bool:
+        return self.device.type == "cuda" and not torch.compiler.is_compiling()  # which can't trace it

@@ -20,8 +20,10 @@ def _activate(u, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
         return activate(u, ACTIVATION)
 
 
-# Of every batch another, and not to be compiled for.
-@triton.jit(do_not_specialize=["images", "height", "width"])  # type: ignore[untyped-decorator]
+# Of every batch another, and not to be compiled for; the sizes lie anywhere in a table of all maps'.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["images", "height", "width"], do_not_specialize_on_alignment=["heights", "widths"]
+)
 def _epilogue(  # type: ignore[no-untyped-def]
     x, y, scale, shift, addend, heights, widths, images, channels, height, width, fill,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_HEIGHTS: tl.constexpr,
